@@ -1,0 +1,857 @@
+# SPDX-License-Identifier: MIT
+"""iDiff: an identifiable VAE joined with a score-based diffusion model, in plain PyTorch.
+
+An encoder q(z|x) turns an image into latents z; a prior p(z|u) ties each latent to what an
+auxiliary variable u says of the image's generative factors; a decoder p(x|z) and a VP-SDE
+diffusion U-Net, both conditioned on z, turn latents back into images. Read it downwards:
+
+    Config                      every number that changes a result, each a command-line flag
+    Encoder, Prior, Decoder     the iVAE of Khemakhem et al. 2020 (a VAE where u says nothing)
+    ScoreUNet                   the noise (or velocity) network, modulated by t and z
+    VPSDE, SAMPLERS, invert     the diffusion process of Song et al. 2021 and its solvers
+    losses, total_loss          Eq. 3 (denoising loss) and Eq. 2 (the weighted sum)
+    IDiff, load_checkpoint      the model: encode, decode, sample
+    load_data, Data             3D Shapes, dSprites, your own images; the modulated draw of x and u
+
+Equations are those of Kühne & Zemann, "Learning Disentangled Representations with Identifiable
+Diffusion Models" (2024); their Eq. 1, MIG, is in evaluate.py. Denoising and reconstruction losses
+are means over batch, channels and pixels; KL is summed over latents and averaged over the batch.
+
+Shape letters: B batch, C image channels, H W pixels, F features, D latents, L categories, U entries
+of u, E embedding, K factors, N images, S sampler steps. Images lie in [-1, 1].
+"""
+
+import math
+import os
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# ---- Configuration ----
+
+def option(default, help, choices=None, least=0, below=math.inf):
+    """A dataclass field, also a flag with this help; of choices, or in [least, below)."""
+    return field(default=default, metadata={"help": help, "choices": choices,
+                                            "least": least, "below": below})
+
+
+@dataclass(frozen=True)
+class Config:
+    """What changes the numbers: data shape, model, SDE, loss weights, optimiser, seed."""
+
+    model: str = option("idiff", "without p(z|u) and U-Net; without U-Net; the joint model",
+                        choices=("vae", "ivae", "idiff"))
+    latent_dim: int = option(6, "number of latents D", least=1)
+    prior: str = option("known", "p(z|u): read off u; a network per latent; one network over u",
+                        choices=("known", "diagonal", "full"))
+    u: str = option("mean+var", "what u modulates of each factor", choices=("var", "mean+var"))
+    u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
+    kl: float = option(5e-3, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
+    rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
+    kl_start: float = option(9e-2, "KL weight at step 0, from which it falls to --kl; 0 for none")
+    predict: str = option("v", "the U-Net's output: noise, or v = alpha eps - sigma x",
+                          choices=("eps", "v"))
+    weight: str = option("v", "denoising error taken of the noise (Eq. 3) or of v",
+                         choices=("eps", "v"))
+    width: int = option(32, "channels of encoder and decoder, finest level", least=1)
+    unet_width: int = option(48, "channels of the U-Net, finest level", least=8)
+    patch: int = option(4, "side in pixels of the space-to-depth stem", choices=(1, 2, 4))
+    batch_size: int = option(256, "images per step", least=1)
+    rec_images: int = option(64, "images of each batch that the decoder sees, 0 for all")
+    ddpm_images: int = option(16, "images of each batch that the U-Net sees, 0 for all")
+    epochs: float = option(0.5, "length in epochs of 480,000 draws")
+    steps: int = option(0, "length in optimiser steps, 0 for what --epochs says")
+    lr: float = option(1.5e-3, "peak learning rate of AdamW")
+    schedule: str = option("cosine", "learning rate after warm-up", choices=("constant", "cosine"))
+    clip: float = option(1.0, "largest norm of the gradient")
+    ema: float = option(0.999, "decay per step of the averaged weights", below=1)
+    precision: str = option("float32", "arithmetic", choices=("float32", "bfloat16"))
+    seed: int = option(0, "seed of weights, data and noise")
+    image_size: int = option(64, "", least=16)
+    image_channels: int = option(3, "", least=1)
+    n_factors: int = option(6, "", least=1)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, meta = getattr(self, f.name), f.metadata
+            number = (int, float) if f.type is float else f.type
+            if not isinstance(value, number) or isinstance(value, bool):
+                raise ValueError(f"{f.name} must be of type {f.type.__name__}, got {value!r}.")
+            if meta["choices"] and value not in meta["choices"]:
+                raise ValueError(f"{f.name} must be one of {meta['choices']}, got {value!r}.")
+            if not meta["choices"] and not meta["least"] <= value < meta["below"]:
+                raise ValueError(f"{f.name} must be at least {meta['least']} and below "
+                                 f"{meta['below']}, got {value!r}.")
+        if self.unet_width % 8 or self.image_size % 16:
+            raise ValueError("unet_width must be a multiple of 8 and image_size one of 16, got "
+                             f"{self.unet_width} and {self.image_size}.")
+
+
+# ---- iVAE: encoder, conditional prior, decoder ----
+
+def halvings(cfg):
+    """How many stride-2 convolutions lead from the stem's resolution to image_size / 16."""
+    return int(math.log2(16 // cfg.patch))
+
+
+class Encoder(nn.Module):
+    """q(z|x): (B, C, H, W) -> mean and log-variance of z, (B, D) each, float32. Never sees u."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        w, side = cfg.width, cfg.image_size // 16
+        layers = [nn.PixelUnshuffle(cfg.patch),
+                  nn.Conv2d(cfg.image_channels * cfg.patch**2, w, 3, padding=1), nn.SiLU()]
+        for i in range(halvings(cfg)):
+            layers += [nn.Conv2d(w if i == 0 else 2 * w, 2 * w, 3, 2, 1), nn.SiLU()]
+        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * w * side**2, 256), nn.SiLU(),
+                                 nn.Linear(256, 2 * cfg.latent_dim))
+
+    def forward(self, x):
+        return self.net(x).float().chunk(2, dim=1)                     # (B, D) each
+
+
+class Decoder(nn.Module):
+    """p(x|z): (B, D) -> reconstruction (B, C, H, W); a full-resolution convolution comes last."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        w, side = cfg.width, cfg.image_size // 16
+        layers = [nn.Linear(cfg.latent_dim, 256), nn.SiLU(), nn.Linear(256, 2 * w * side**2),
+                  nn.SiLU(), nn.Unflatten(1, (2 * w, side, side))]
+        for i in range(halvings(cfg)):
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(w if i else 2 * w, w, 3, padding=1),
+                       nn.SiLU()]
+        self.net = nn.Sequential(*layers, nn.Conv2d(w, 8 * cfg.patch**2, 3, padding=1),
+                                 nn.PixelShuffle(cfg.patch), nn.SiLU(),
+                                 nn.Conv2d(8, cfg.image_channels, 3, padding=1))
+
+    def forward(self, z):
+        return self.net(z).float()
+
+
+class Prior(nn.Module):
+    """p(z|u): u (B, U) -> mean and log-variance of z, (B, D) each, float32.
+
+    known: z_i ~ N(m_i, s_i^2), factor i's own centre and scale read off u; nothing is learned.
+    diagonal: one small network per latent i, which sees only u's entries for factor i.
+    full: one network over all of u, the paper's. Latents without a factor of their own get N(0, 1)
+    under the first two; so do all latents of a VAE, for which u says nothing.
+    Under u = "var" the known and the diagonal prior's means are 0 (Khemakhem et al. 2020).
+    """
+
+    def __init__(self, cfg, hidden=64):
+        super().__init__()
+        self.kind, self.dim, self.centred = cfg.prior, cfg.latent_dim, cfg.u == "var"
+        self.n_factors, self.log_scale = cfg.n_factors, math.log(cfg.u_scale)
+        self.n_tied = 0 if cfg.model == "vae" else min(cfg.n_factors, cfg.latent_dim)
+        entries = 1 if self.centred else 2                             # of u, per factor
+        if self.n_tied and self.kind == "full":
+            self.net = nn.Sequential(nn.Linear(entries * cfg.n_factors, 2 * hidden), nn.SiLU(),
+                                     nn.Linear(2 * hidden, 2 * hidden), nn.SiLU(),
+                                     nn.Linear(2 * hidden, 2 * cfg.latent_dim))
+        elif self.n_tied and self.kind == "diagonal":
+            k = self.n_tied
+            self.net = nn.Sequential(nn.Conv1d(entries * k, hidden * k, 1, groups=k), nn.SiLU(),
+                                     nn.Conv1d(hidden * k, 2 * k, 1, groups=k))
+
+    def forward(self, u):
+        u = u.float().unflatten(1, (-1, self.n_factors))               # (B, 1 or 2, K)
+        if self.n_tied and self.kind == "full":
+            return self.net(u.flatten(1)).float().chunk(2, dim=1)
+        u = u[:, :, :self.n_tied]
+        if self.n_tied and self.kind == "diagonal":
+            h = self.net(u.transpose(1, 2).flatten(1).unsqueeze(2))    # (B, 2 tied, 1)
+            mu, logvar = h.float().view(len(u), self.n_tied, 2).unbind(2)
+            mu = torch.zeros_like(mu) if self.centred else mu
+        else:
+            logvar = (1 - u[:, 0]) * self.log_scale                    # u = 1 - 2 log s / log scale
+            mu = torch.zeros_like(logvar) if self.centred else u[:, 1]
+        free = (0, self.dim - self.n_tied)                             # N(0, 1) for the others
+        return F.pad(mu, free), F.pad(logvar, free)
+
+
+# ---- Score U-Net ----
+
+class ResBlock(nn.Module):
+    """Residual block whose second group norm is scaled and shifted by the embedding of t and z."""
+
+    def __init__(self, c_in, c_out, c_emb):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.mod = nn.Linear(c_emb, 2 * c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)                              # a block starts as its skip
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))                          # (B, F, H, W)
+        scale, shift = self.mod(emb)[..., None, None].chunk(2, dim=1)  # (B, F, 1, 1) each
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+
+class ScoreUNet(nn.Module):
+    """x_t (B, C, H, W), t (B,), z (B, D) -> estimate of the noise, or of v, (B, C, H, W), float32.
+
+    A U-Net on a space-to-depth stem of patch x patch pixels, halved down to image_size / 16;
+    z and t enter every residual block. One convolution over x_t and the upsampled features at
+    full resolution comes last, so that no patch borders show.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        f, c = cfg.unet_width, cfg.image_channels
+        self.patch, self.n_freq, c_emb = cfg.patch, f // 2, 4 * f
+        self.time = nn.Sequential(nn.Linear(f, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.latent = nn.Sequential(nn.Linear(cfg.latent_dim, c_emb), nn.SiLU(),
+                                    nn.Linear(c_emb, c_emb))
+        self.conv_in = nn.Conv2d(c * cfg.patch**2, f, 3, padding=1)
+        widths = [f] + [2 * f] * halvings(cfg)
+        self.down, self.halve, self.grow, self.up = (nn.ModuleList() for _ in range(4))
+        for w, w_next in zip(widths, widths[1:]):                      # up and grow from the inside
+            self.down.append(ResBlock(w, w, c_emb))
+            self.halve.append(nn.Conv2d(w, w_next, 3, 2, 1))
+            self.grow.insert(0, nn.Conv2d(w_next, w, 3, padding=1))
+            self.up.insert(0, ResBlock(2 * w, w, c_emb))
+        self.middle = nn.ModuleList(ResBlock(w_next, w_next, c_emb) for _ in range(2))
+        self.conv_out = nn.Sequential(nn.GroupNorm(8, f), nn.SiLU(),
+                                      nn.Conv2d(f, 8 * cfg.patch**2, 3, padding=1),
+                                      nn.PixelShuffle(cfg.patch))
+        self.last = nn.Conv2d(8 + c, c, 3, padding=1)
+
+    def embed(self, t, z):
+        """(B, E): sines and cosines of t in 1/1000 steps, and z, each through two layers."""
+        freq = torch.exp(-math.log(1e4) / self.n_freq * torch.arange(self.n_freq, device=t.device))
+        angle = 1000 * t.float()[:, None] * freq                       # (B, F / 2)
+        return F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.latent(z))
+
+    def forward(self, x_t, t, z):
+        emb, skips = self.embed(t, z), []
+        h = self.conv_in(F.pixel_unshuffle(x_t, self.patch))
+        for block, halve in zip(self.down, self.halve):
+            skips.append(block(h, emb))
+            h = halve(skips[-1])
+        for block in self.middle:
+            h = block(h, emb)
+        for grow, block in zip(self.grow, self.up):
+            h = grow(F.interpolate(h, scale_factor=2))
+            h = block(torch.cat([h, skips.pop()], 1), emb)
+        return self.last(torch.cat([self.conv_out(h), x_t], 1)).float()
+
+
+# ---- VP-SDE and samplers ----
+
+class VPSDE:
+    """Variance-preserving SDE, dx = -beta x/2 dt + sqrt(beta) dw, with beta linear in t in (0, 1].
+
+    Its marginal is x_t = alpha x + sigma eps with alpha^2 + sigma^2 = 1 and eps ~ N(0, I).
+    Every method takes t of any shape and returns that shape. Source: Song et al. 2021, Eq. 11.
+    """
+    def __init__(self, beta_min=0.1, beta_max=20.0):
+        self.beta_min, self.beta_rise = beta_min, beta_max - beta_min
+
+    def beta(self, t):
+        return self.beta_min + self.beta_rise * t
+
+    def log_alpha(self, t):
+        return -0.25 * self.beta_rise * t**2 - 0.5 * self.beta_min * t
+
+    def alpha(self, t):
+        return self.log_alpha(t).exp()
+
+    def sigma(self, t):
+        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()    # 1 - alpha^2 would round near t = 0
+
+    def lam(self, t):
+        """log(alpha / sigma), half the log signal-to-noise ratio; falls as t rises."""
+        return self.log_alpha(t) - self.sigma(t).log()
+
+    def t_of_lam(self, lam):
+        """The t at which lam(t) is lam."""
+        q = 2 * self.beta_rise * F.softplus(-2 * lam)
+        return q / ((self.beta_min**2 + q).sqrt() + self.beta_min) / self.beta_rise
+
+    def add_noise(self, x, eps, t):
+        """x_t of clean x. x, eps: (B, C, H, W); t: (B,)."""
+        t = t.view(-1, 1, 1, 1)
+        return self.alpha(t) * x + self.sigma(t) * eps
+
+
+def time_grid(steps, sde, kind="logsnr"):
+    """(steps + 1,) times from 1 down to 1e-3: "uniform" in t, or "logsnr", uniform in sde.lam."""
+    if kind not in ("logsnr", "uniform"):
+        raise ValueError(f"unknown time grid: expected logsnr or uniform; got {kind!r}.")
+    ts = torch.linspace(1, 1e-3, steps + 1)
+    if kind == "logsnr":
+        first, last = sde.lam(ts[[0, -1]])
+        ts[1:-1] = sde.t_of_lam(torch.linspace(first, last, steps + 1))[1:-1]
+    return ts
+
+
+def seeded_noise(seeds, shape, device):
+    """A function giving (B, *shape) noise on device; row k depends on seeds[k] alone."""
+    generators = [torch.Generator().manual_seed(s) for s in seeds]   # CPU: same on any device
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+
+# A sampler takes x (B, C, H, W) from ts[0] to ts[-1], ts (S + 1,), and returns it; eps_fn(x, t) has
+# t (B,). All randomness comes from noise(), which gives the next (B, C, H, W) draw.
+
+def check_stochastic(noise, ts):
+    """ValueError unless there is noise and ts decreases: only an ODE runs from image to noise."""
+    if noise is None:
+        raise ValueError("stochastic sampler without noise: pass noise=seeded_noise(seeds, ...).")
+    if ts[0] < ts[-1]:
+        raise ValueError("stochastic sampler on increasing ts: use ddim, heun or dpmpp to invert.")
+
+
+def x0_from_eps(x, eps_hat, t, sde):
+    """The clean image that eps_hat implies, E[x_0 | x_t] for the best eps_hat. t: ()."""
+    return (x - sde.sigma(t) * eps_hat) / sde.alpha(t)
+
+
+@torch.no_grad()
+def sample_em(eps_fn, x, ts, sde, noise=None):
+    """Reverse SDE by Euler-Maruyama; calls eps_fn S times. Source: Song et al. 2021, Eq. 6."""
+    check_stochastic(noise, ts)
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        score = -eps_fn(x, t.expand(len(x)).to(x)) / sde.sigma(t)
+        g2h = sde.beta(t) * (t - t_next)
+        x = x + g2h * (0.5 * x + score) + g2h.sqrt() * noise()
+    return x
+
+
+@torch.no_grad()
+def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
+    """Before each Euler-Maruyama step one step of Langevin dynamics at t; calls eps_fn 2S times.
+
+    Source: Song et al. 2021, Alg. 3 and 5, but norms are of one image, not means over the batch,
+    so that an image does not depend on its batch. Langevin's own error, up to snr^2 / 2 of the
+    standard deviation, does not fall with S.
+    """
+    check_stochastic(noise, ts)
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        score = -eps_fn(x, t.expand(len(x)).to(x)) / sde.sigma(t)
+        eps = noise()
+        ratio = eps.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)             # (B,)
+        e = 2 * (1 - sde.beta(t) / 1000) * (snr * ratio).square().view(-1, 1, 1, 1)   # step size
+        x = x + e * score + (2 * e).sqrt() * eps
+        x = sample_em(eps_fn, x, torch.stack([t, t_next]), sde, noise)
+    return x
+
+
+@torch.no_grad()
+def sample_ddim(eps_fn, x, ts, sde, noise=None, *, eta=0.0):
+    """DDIM, an ODE for eta = 0 and the ancestral sampler of DDPM for eta = 1; S calls of eps_fn.
+
+    Source: Song, Meng and Ermon 2021, Eq. 12 and 16.
+    """
+    if eta > 0:
+        check_stochastic(noise, ts)
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        eps_hat = eps_fn(x, t.expand(len(x)).to(x))
+        fresh = -torch.expm1(2 * (sde.log_alpha(t) - sde.log_alpha(t_next)))
+        var = (eta * sde.sigma(t_next) / sde.sigma(t))**2 * fresh
+        x = (sde.alpha(t_next) * x0_from_eps(x, eps_hat, t, sde)
+             + (sde.sigma(t_next)**2 - var).sqrt() * eps_hat)
+        if eta > 0:
+            x = x + var.sqrt() * noise()
+    return x
+
+
+@torch.no_grad()
+def sample_heun(eps_fn, x, ts, sde, noise=None):
+    """Probability-flow ODE by Heun's method, order 2; calls eps_fn 2S times. noise is not used.
+
+    Source: Song et al. 2021, Eq. 13, for the VP-SDE.
+    """
+    def slope(x, t):
+        return -0.5 * sde.beta(t) * (x - eps_fn(x, t.expand(len(x)).to(x)) / sde.sigma(t))
+
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        first = slope(x, t)
+        second = slope(x + (t_next - t) * first, t_next)
+        x = x + (t_next - t) * 0.5 * (first + second)
+    return x
+
+
+@torch.no_grad()
+def sample_dpmpp(eps_fn, x, ts, sde, noise=None):
+    """Probability-flow ODE by DPM-Solver++(2M), order 2 on "logsnr" grids; S calls of eps_fn.
+
+    Its first step is DDIM. noise is not used. Source: Lu et al. 2022 (2211.01095), Alg. 2.
+    """
+    x0_prev = h_prev = None
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        x0 = x0_from_eps(x, eps_fn(x, t.expand(len(x)).to(x)), t, sde)
+        h = sde.lam(t_next) - sde.lam(t)
+        ahead = x0 if x0_prev is None else x0 + 0.5 * h / h_prev * (x0 - x0_prev)
+        x = sde.sigma(t_next) / sde.sigma(t) * x - sde.alpha(t_next) * torch.expm1(-h) * ahead
+        x0_prev, h_prev = x0, h
+    return x
+
+
+SAMPLERS = {"em": sample_em, "pc": sample_pc, "ddim": sample_ddim, "heun": sample_heun,
+            "dpmpp": sample_dpmpp}
+
+
+def invert(eps_fn, x, ts, sde):
+    """The noise (B, C, H, W) at max(ts) that the probability-flow ODE maps to the images x.
+
+    ts in either order: pass the grid that sampling will use, then sample_dpmpp on that grid
+    returns to x. Calls eps_fn S times; at 50 calls 2M beats Heun, whose steps are twice as long.
+    """
+    return sample_dpmpp(eps_fn, x, ts.sort().values, sde)
+
+
+# ---- Losses ----
+
+def kl_loss(mu_q, logvar_q, mu_p, logvar_p):
+    """KL(q(z|x) || p(z|u)) of diagonal Gaussians, in nats: sum over D, mean over B.
+
+    All arguments: (B, D); logvar is the natural log of the variance. Returns shape ().
+    Source: L_KL of Eq. 2.
+    """
+    ratio = (logvar_q - logvar_p).exp() + (mu_q - mu_p).square() * (-logvar_p).exp()
+    return 0.5 * (ratio - 1 - logvar_q + logvar_p).sum(dim=1).mean()
+
+
+def losses(model, x, u, t, eps):
+    """The terms of Eq. 2, unweighted, as a dict of float32 scalars: ddpm, rec, kl.
+
+    x: (B, C, H, W); u: (B, U); t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all B
+    images, the decoder the first cfg.rec_images of them, the U-Net the first b. "ddpm" (Eq. 3, lambda(t) = sigma^2) is the mean squared error of the noise estimate,
+    or of v with cfg.weight "v"; a model without a U-Net has no such term.
+    """
+    mu_q, logvar_q = model.encoder(x)                                  # (B, D) each
+    z = mu_q + (0.5 * logvar_q).exp() * torch.randn_like(mu_q)         # (B, D)
+    r = model.cfg.rec_images or len(x)
+    terms = {"rec": (model.decoder(z[:r]) - x[:r]).square().mean(),
+             "kl": kl_loss(mu_q, logvar_q, *model.prior(u))}
+    if model.unet is not None and len(t):
+        x_0, sde, b = x[:len(t)], model.sde, (-1, 1, 1, 1)
+        alpha, sigma = sde.alpha(t).view(b), sde.sigma(t).view(b)
+        predicted = model.unet(sde.add_noise(x_0, eps, t), t, z[:len(t)])  # (b, C, H, W)
+        v = model.cfg.predict == "v"
+        error = predicted - (alpha * eps - sigma * x_0 if v else eps)
+        if v != (model.cfg.weight == "v"):                             # v's error is eps's / alpha
+            error = error * alpha if v else error / alpha
+        terms["ddpm"] = error.square().mean()
+    return terms
+
+
+def total_loss(terms, cfg, kl):
+    """Eq. 2: L_DDPM + lambda_rec L_rec + lambda_KL L_KL, with kl this step's lambda_KL."""
+    return terms.get("ddpm", 0) + cfg.rec * terms["rec"] + kl * terms["kl"]
+
+
+# ---- The model and its checkpoint ----
+
+class IDiff(nn.Module):
+    """The joint model of Eq. 2. cfg.model "vae" and "ivae" have no U-Net (unet is None)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.info, self.sde = cfg, {}, VPSDE()
+        self.encoder, self.prior, self.decoder = Encoder(cfg), Prior(cfg), Decoder(cfg)
+        self.unet = ScoreUNet(cfg) if cfg.model == "idiff" else None
+
+    def encode(self, x):
+        """Mean and log-variance of q(z|x), (B, D) each, of images x (B, C, H, W) in [-1, 1]."""
+        want = (self.cfg.image_channels, self.cfg.image_size, self.cfg.image_size)
+        if x.dim() != 4 or x.shape[1:] != want:
+            raise ValueError(f"images must be (B, {', '.join(map(str, want))}), got "
+                             f"{tuple(x.shape)}. Resize them to what the model was trained on.")
+        return self.encoder(x)
+
+    def decode(self, z):
+        """The decoder's images (B, C, H, W) of latents z (B, D)."""
+        return self.decoder(z)
+
+    def eps_fn(self, z):
+        """The noise estimate eps_fn(x, t) given latents z (B, D), for samplers and invert."""
+        if self.unet is None:
+            raise ValueError(f"model {self.cfg.model!r} has no diffusion U-Net to sample from. "
+                             "Use decode, or train with --model idiff.")
+        if self.cfg.predict == "eps":
+            return lambda x, t: self.unet(x, t, z)
+
+        def from_v(x, t):
+            alpha, sigma = self.sde.alpha(t).view(-1, 1, 1, 1), self.sde.sigma(t).view(-1, 1, 1, 1)
+            return sigma * x + alpha * self.unet(x, t, z)
+        return from_v
+
+    @torch.no_grad()
+    def sample(self, z, start, steps=20, sampler="dpmpp", noise=None):
+        """Images (B, C, H, W) in [-1, 1] from latents z (B, D) and start, the noise at t = 1.
+
+        steps: sampler steps on a grid uniform in log-SNR; noise: as the stochastic samplers want
+        it (see seeded_noise). The last step to t = 0 is the mean of x_0.
+        """
+        eps_fn, ts = self.eps_fn(z), time_grid(steps, self.sde).to(start)
+        x = SAMPLERS[sampler](eps_fn, start, ts, self.sde, noise)
+        return x0_from_eps(x, eps_fn(x, ts[-1].expand(len(x))), ts[-1], self.sde).clamp(-1, 1)
+
+
+CHECKPOINT_FORMAT = 1
+
+
+def save_checkpoint(path, model, ema, **state):
+    """Write config, weights, averaged weights (module ema) and state to path, or nothing."""
+    content = {"format": CHECKPOINT_FORMAT, "config": asdict(model.cfg), "info": model.info,
+               "model": model.state_dict(), "ema": ema.state_dict(), **state}
+    partial = f"{path}.partial"
+    with open(partial, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict that save_checkpoint wrote. FileNotFoundError or ValueError, in one line, if not."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"checkpoint not found: '{path}'. Train one with \"python "
+                                "train.py\", or pass the path it printed at its end.")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                                         # many kinds, none the user's
+        raise ValueError(f"'{path}' is not an iDiff checkpoint or is damaged "
+                         f"({type(error).__name__}). Train it again, or pass another.") from None
+    keys = content.keys() if isinstance(content, dict) else ()
+    missing = [k for k in ("format", "config", "info", "model", "ema") if k not in keys]
+    if missing:
+        raise ValueError(f"'{path}' is not an iDiff checkpoint: it lacks {', '.join(missing)}.")
+    if content["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(f"'{path}' has checkpoint format {content['format']!r}, not "
+                         f"{CHECKPOINT_FORMAT}. Train it again, or use the version that wrote it.")
+    return content
+
+
+def load_checkpoint(path, device="cpu"):
+    """The IDiff model in eval mode with its averaged (EMA) weights; model.cfg, model.info with it.
+
+    Three lines from a checkpoint to latents: model = load_checkpoint(path);
+    x = images (B, C, H, W) in [-1, 1]; mean, logvar = model.encode(x).
+    """
+    content = read_checkpoint(path, device)
+    try:
+        model = IDiff(Config(**content["config"]))
+        model.load_state_dict(content["ema"])
+    except (TypeError, RuntimeError, AttributeError, ValueError) as error:
+        raise ValueError(f"'{path}' does not fit this version of the program: "
+                         f"{str(error).splitlines()[0]}") from None
+    model.info = content["info"]
+    return model.to(device).eval().requires_grad_(False)
+
+
+# ---- Data ----
+
+# A shape is all points within `radius` of a core: (core half width, core half height, radius).
+# Cube, cylinder, sphere, capsule.
+SHAPES = ((0.46, 0.46, 0.03), (0.46, 0.46, 0.03), (0.0, 0.0, 0.56), (0.0, 0.24, 0.40))
+LIGHT = torch.tensor([-0.34, -0.49, 0.80])[:, None]          # unit vector towards the light
+
+
+def length(v):
+    """Length (...) of vectors v (3, ...); faster than `norm` over the first axis."""
+    return (v * v).sum(dim=0).sqrt()
+
+
+def shape_distance(p, shape):
+    """Signed distance (...) of points p (3, ...) to the shape, and a vector along its normal."""
+    width, height, radius = SHAPES[shape]
+    xy, z = p[:2], p[2:]
+    core = (xy.clamp(-width, width) if shape == 0 else
+            xy * (width / length(xy).clamp(min=1e-6)).clamp(max=1))
+    offset = p - torch.cat((core, z.clamp(-height, height)))
+    return length(offset) - radius, offset
+
+
+def camera_rays(angles, side):
+    """Eyes (3, A, 1) and unit rays (3, A, side²) of cameras around the object at A angles."""
+    radius, height, pitch, view = 2.5, 1.62, 0.41, 0.53      # view: tangent of half the field
+    sin, cos = angles.sin()[:, None], angles.cos()[:, None]
+    grid = ((torch.arange(side) + 0.5) / side * 2 - 1) * view
+    right, down = grid.repeat(side), grid.repeat_interleave(side)
+    ahead = math.cos(pitch) - down * math.sin(pitch)         # along the floor
+    up = (-math.sin(pitch) - down * math.cos(pitch)).expand(len(angles), -1)
+    rays = torch.stack((right * cos - ahead * sin, right * sin + ahead * cos, up))
+    eyes = torch.stack((radius * sin, -radius * cos, torch.full_like(sin, height)))
+    return eyes, rays / length(rays)
+
+
+def render_room(eyes, rays, half=2.7):
+    """Points (3, A, P) where rays leave the empty room, whether on the floor, and shade."""
+    t_wall, axis = ((half * rays[:2].sign() - eyes[:2]) / rays[:2]).min(dim=0)
+    t_floor = torch.where(rays[2] < 0, -eyes[2] / rays[2], math.inf)
+    point = eyes + rays * torch.minimum(t_wall, t_floor)
+    side = torch.where(rays[0] > 0, 0.74, 0.60)              # the right wall is lit, the left not
+    wall = torch.where(axis == 1, 0.86, side)
+    gap = torch.cat((half - point[:2].abs(), point[2:])).sort(dim=0).values[1]
+    edge = 1 - 0.22 * (-gap / 0.35).exp()                    # darker where two planes meet
+    return point, t_floor < t_wall, torch.where(t_floor < t_wall, 0.90, wall) * edge
+
+
+def floor_light(p, shape):
+    """Share of light (M) that reaches floor points p (3, M): soft shadow times contact."""
+    ts = torch.linspace(0.05, 2.0, 12)
+    seen = [shape_distance(p + t * LIGHT, shape)[0] / (0.3 * t) for t in ts]
+    seen = torch.stack(seen).amin(dim=0).clamp(0, 1)
+    contact = (shape_distance(p, shape)[0] / 0.45).clamp(0, 1)
+    return (0.55 + 0.45 * seen * seen * (3 - 2 * seen)) * (0.75 + 0.25 * contact.sqrt())
+
+
+def render_object(eye, ray, shape):
+    """Whether rays (3, M) from eye (3, M) meet the shape, its shade and its highlight (M)."""
+    p = eye - ray * ((eye * ray).sum(dim=0) + 0.85)          # enter the bounding sphere
+    for _ in range(28):
+        p = p + ray * shape_distance(p, shape)[0]
+    gap, normal = shape_distance(p, shape)
+    normal = normal / length(normal)
+    shade = 0.42 + 0.52 * (normal * LIGHT).sum(dim=0).clamp(min=0) + 0.10 * normal[2]
+    half = (LIGHT - ray) / length(LIGHT - ray)               # Blinn's half vector
+    shine = (normal * half).sum(dim=0).clamp(min=0) ** 60
+    return gap < 0.01, shade, 0.55 * shine
+
+
+def render_shapes3d(size=64, device="cpu"):
+    """Shading of the 480 geometries (8 scales, 4 shapes, 15 orientations, row-major).
+
+    (480, 4, size, size) uint8, 0..255 for 0..1: shade of floor, walls and object, white light.
+    Sphere tracing (Hart 1996) with 2x2 samples per pixel; the result is always the same.
+    """
+    eyes, rays = camera_rays(torch.linspace(-30, 30, 15).deg2rad(), 2 * size)
+    point, on_floor, room = render_room(eyes, rays)
+    empty = torch.stack((room * on_floor, room * ~on_floor, 0 * room, 0 * room))  # (4, A, P)
+    scale = torch.linspace(0.75, 1.25, 8)[:, None, None]
+    ray, planes = rays[:, None].expand(-1, 8, -1, -1), []    # (3, 8, A, P)
+    for shape, (_, height, radius) in enumerate(SHAPES):
+        centre = torch.tensor([0, 0, height + radius])[:, None, None, None]
+        p, eye = point[:, None] / scale - centre, eyes[:, None] / scale - centre
+        image = empty[:, None].repeat(1, 8, 1, 1)            # (4, 8, A, P)
+        near = on_floor & ((p * p).sum(dim=0) < 2.2 ** 2)
+        image[0, near] *= floor_light(p[:, near], shape)
+        near = (eye * eye).sum(dim=0) - (eye * ray).sum(dim=0) ** 2 < 0.85 ** 2
+        hit, shade, shine = render_object(eye.expand_as(ray)[:, near], ray[:, near], shape)
+        front = torch.stack((0 * shade, 0 * shade, shade, shine))
+        image[:, near] = torch.where(hit, front, image[:, near])
+        image = image.permute(1, 2, 0, 3).reshape(-1, 4, 2 * size, 2 * size)
+        image = F.avg_pool2d(image, 2).clamp(0, 1).mul(255).round().to(torch.uint8)
+        planes.append(image.unflatten(0, (8, 15)))
+    return torch.stack(planes, dim=1).flatten(0, 2).to(device)
+
+
+def compose_shapes3d(planes, colours):
+    """Images (B, 3, H, W) in [-1, 1] of shading planes (B, 4, H, W) and RGB colours (B, 3, 3).
+
+    planes: 0..255 as render_shapes3d returns them; colours: of floor, walls and object, in [0, 1].
+    """
+    light = torch.ones_like(colours[:, :1])                            # highlights are white
+    rgb = torch.cat([colours, light], dim=1).transpose(1, 2)           # (B, 3, 4)
+    x = torch.bmm(rgb, planes.flatten(2).float() / 255)                # (B, 3, H W)
+    return (x.clamp(0, 1) * 2 - 1).unflatten(2, planes.shape[2:])
+
+
+def compose_dsprites(factors, size=64):
+    """Images (B, 1, size, size), only -1 and 1, of class indices (B, 6) int64; no table needed.
+
+    Columns as in dSprites: colour 1, shape 3 (square, ellipse, heart), scale 6, orientation 40
+    (the last equals the first), x 32, y 32. No sprite leaves the image.
+    """
+    _, shape, scale, turn, x, y = factors[..., None, None].unbind(dim=1)          # (B, 1, 1)
+    pixel = (torch.arange(size, device=factors.device) + 0.5) * (64 / size) - 0.5
+    right, up = pixel - 16 - x, 16 + y - pixel[:, None]      # from the sprite's centre
+    # Half width, half height, and bend, which pulls an ellipse's sides up to make a heart.
+    sprites = torch.tensor([[9.5, 9.5, 0], [12, 7, 0], [11, 9, 0.7]], device=factors.device)
+    width, height, bend = sprites[shape].unbind(dim=-1)
+    angle, grow = turn % 39 * (2 * math.pi / 39), 0.5 + scale / 10
+    cos, sin = angle.cos() / grow, angle.sin() / grow
+    a = right * (cos / width) + up * (sin / width)           # (B, size, size), sprite's axes
+    b = up * (cos / height) - right * (sin / height)
+    heart = b - bend * (a.abs() - 0.16)
+    inside = torch.where(shape == 0, torch.maximum(a.abs(), b.abs()), a * a + heart * heart) < 1
+    return inside[:, None].float() * 2 - 1
+
+
+class Data:
+    """Images on a device, by row, and the modulated draw of rows and u.
+
+    sizes: how many values each named factor has; images: function rows (B,) -> images
+    (B, C, H, W) in [-1, 1]; factors: (N, K) int64, one row per image, or None where the rows are
+    the full factor grid in row-major order.
+    """
+
+    def __init__(self, name, sizes, image_shape, images, device, factors=None):
+        self.name, self.factor_names, self.factor_sizes = name, tuple(sizes), tuple(sizes.values())
+        self.image_shape, self.images, self.device = image_shape, images, device
+        sizes, value = self.factor_sizes, torch.arange(max(self.factor_sizes), device=device)
+        self.strides = torch.tensor([math.prod(sizes[k + 1:]) for k in range(len(sizes))],
+                                    device=device)
+        self.sizes = torch.tensor(sizes, device=device)
+        self.grid = 2 * value / (self.sizes[:, None] - 1).clamp(min=1) - 1  # (K, V) over [-1, 1]
+        self.outside = torch.zeros_like(self.grid).masked_fill(value >= self.sizes[:, None],
+                                                               -math.inf)
+        self.table = None
+        if factors is not None:
+            self.table = factors.to(device)
+            self.codes, self.order = (self.table * self.strides).sum(1).sort()
+
+    def __len__(self):
+        return math.prod(self.factor_sizes) if self.table is None else len(self.table)
+
+    def factors(self, rows):
+        """(B, K) int64, the index of each factor's value, of rows (B,)."""
+        if self.table is not None:
+            return self.table[rows]
+        return rows[:, None] // self.strides % self.sizes
+
+    def draw(self, n, generator, u="mean+var", u_scale=0.3):
+        """Rows (n,) of one modulated draw, and u (n, U).
+
+        For each draw and factor: a scale s log-uniform in [u_scale, 1] and a centre m, 0 or, with
+        "mean+var", uniform in [-1, 1]; the factor's value g, of a grid over [-1, 1], has
+        probability in proportion to exp(-((g - m) / s)^2 / 2). u: log s scaled to [-1, 1] for each
+        factor with more than one value, then m of each with "mean+var".
+        """
+        noise = torch.rand(2, n, len(self.sizes), generator=generator, device=self.device)
+        unit, log_s = 2 * noise - 1, noise[0] * math.log(u_scale)
+        m = unit[1] if u == "mean+var" else torch.zeros_like(unit[1])  # (n, K)
+        logits = -0.5 * ((self.grid - m[:, :, None]) / log_s.exp()[:, :, None]).square()
+        gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
+        rows = self._pick(logits + gumbel + self.outside, generator)
+        varied = self.sizes > 1
+        entries = [-unit[0], m] if u == "mean+var" else [-unit[0]]
+        return rows, torch.cat([e[:, varied] for e in entries], dim=1)
+
+    def _pick(self, scores, generator):
+        """Rows (n,) by the highest score (n, K, V) per factor among the rows that exist."""
+        if self.table is None:
+            return (scores.argmax(2) * self.strides).sum(1)
+        low = torch.zeros(len(scores), dtype=torch.int64, device=self.device)  # codes so far
+        for k, size in enumerate(self.factor_sizes):
+            edges = low[:, None] + self.strides[k] * torch.arange(size + 1, device=self.device)
+            index = torch.searchsorted(self.codes, edges)              # (n, size + 1)
+            exists = index.diff(dim=1) > 0
+            value = scores[:, k, :size].masked_fill(~exists, -math.inf).argmax(1)
+            low = low + value * self.strides[k]
+        first, last = (torch.searchsorted(self.codes, low + i) for i in (0, 1))
+        step = torch.rand(len(low), generator=generator, device=self.device) * (last - first)
+        return self.order[(first + step.long()).minimum(last - 1)]
+
+
+
+SHAPES3D = {"floor hue": 10, "wall hue": 10, "object hue": 10, "scale": 8, "shape": 4,
+            "orientation": 15}
+DSPRITES = {"colour": 1, "shape": 3, "scale": 6, "orientation": 40, "x": 32, "y": 32}
+
+
+def load_shapes3d(device):
+    """The embedded replica of 3D Shapes (Burgess & Kim 2018): 480,000 images, none stored."""
+    planes = render_shapes3d(device=device)                            # (480, 4, 64, 64) uint8
+    hue = torch.arange(10)[:, None] * 0.6 + torch.tensor([0.0, 4.0, 2.0])  # tenths of the circle
+    palette = ((hue % 6 - 3).abs() - 1).clamp(0.04, 1).to(device)      # (10, 3), HSV to RGB
+
+    def compose(rows):
+        hues = torch.stack([rows // 48000, rows // 4800 % 10, rows // 480 % 10], dim=1)
+        return compose_shapes3d(planes[rows % 480], palette[hues])
+    return Data("shapes3d replica", SHAPES3D, (3, 64, 64), compose, device)
+
+
+def load_dsprites(device):
+    """The embedded replica of dSprites (Matthey et al. 2017): 737,280 images, none stored."""
+    data = Data("dsprites replica", DSPRITES, (1, 64, 64), None, device)
+    data.images = lambda rows: compose_dsprites(data.factors(rows))
+    return data
+
+
+def check_memory(path, need, device):
+    """MemoryError in one line if need bytes do not fit on the device, where the system tells."""
+    free = math.inf
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            free = next(1024 * int(line.split()[1]) for line in file if "MemAvailable" in line)
+    if need > 0.9 * free:
+        raise MemoryError(f"'{path}' needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} "
+                          f"GiB are free on {device}. Free some, or take a smaller file.")
+
+
+def read_arrays(path, device, progress):
+    """images (N, H, W[, C]) uint8, factors (N, K) and the latter's name, from .h5 or .npz."""
+    with open(path, "rb") as file:
+        is_h5 = file.read(8) == b"\x89HDF\r\n\x1a\n"                   # the content decides
+    if is_h5:
+        import h5py
+    with h5py.File(path) if is_h5 else np.load(path, allow_pickle=False) as arrays:
+        image_key, key = (next((k for k in known if k in arrays), None) for known in
+                          (("images", "imgs"), ("factors", "labels", "latents_classes")))
+        if image_key is None or key is None:
+            raise ValueError(f"needs the arrays images and factors, has {', '.join(arrays)}")
+        check_memory(path, arrays[image_key].size if is_h5 else
+                     arrays.zip.getinfo(image_key + ".npy").file_size, device)
+        images, factors = arrays[image_key], np.asarray(arrays[key])
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or factors.ndim != 2:
+            raise ValueError(f"images must be (N, H, W, C) uint8 and factors (N, K), got "
+                             f"{images.shape} {images.dtype} and {factors.shape}")
+        if is_h5:
+            source, images = images, np.empty(images.shape, np.uint8)
+            for i in progress(range(0, len(images), 4096), desc="reading images"):
+                source.read_direct(images, np.s_[i:i + 4096], np.s_[i:i + 4096])
+    return images, factors, key
+
+
+def load_file(path, device, progress):
+    """Data of the real 3dshapes.h5, the real dSprites .npz, or a file of one's own."""
+    images, labels, key = read_arrays(path, device, progress)
+    images = images.reshape(*images.shape[:3], -1)                     # (N, H, W, C)
+    if len(images) != len(labels) or not labels.size or not np.isfinite(labels).all():
+        raise ValueError(f"needs a row of finite factors per image, got {len(images)} images and "
+                         f"factors {labels.shape}")
+    if key == "latents_classes":
+        images *= 255                                                  # dSprites stores 0 and 1
+    columns = [np.unique(column, return_inverse=True) for column in labels.T]
+    sizes = tuple(len(values) for values, _ in columns)
+    factors = torch.from_numpy(np.stack([index for _, index in columns], axis=1))
+    names = next((known for known in (SHAPES3D, DSPRITES) if tuple(known.values()) == sizes),
+                 {f"factor {k}": size for k, size in enumerate(sizes)})
+    pixels = torch.from_numpy(images).to(device)
+    return Data(os.path.basename(path), names, (images.shape[3], *images.shape[1:3]),
+                lambda rows: pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, device, factors)
+
+
+def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs: iterable):
+    """The Data of a name ("shapes3d", "dsprites": embedded replicas) or of an .h5 or .npz file.
+
+    Files: the real 3dshapes.h5, the real dSprites .npz, or images (N, H, W, C) uint8 and factors
+    (N, K) of one's own. progress: a wrapper of iterables such as tqdm. Raises FileNotFoundError,
+    ValueError or MemoryError with one line.
+    """
+    device = torch.device(device)
+    if name in ("shapes3d", "dsprites"):
+        return load_shapes3d(device) if name == "shapes3d" else load_dsprites(device)
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"data not found: '{name}'. Pass shapes3d, dsprites, or the path "
+                                "of an .h5 or .npz file.")
+    try:
+        return load_file(name, device, progress)
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"'{name}' cannot be used as data: {str(error).splitlines()[0]}") from None
+
+
+def image_grid(images, columns):
+    """Images (N, C, H, W) in [-1, 1] as one picture, columns to a row: (height, width, 3) uint8."""
+    try:
+        from torchvision.utils import make_grid
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(f"no picture drawn: torchvision cannot be imported ({error}). Install "
+                          "torch and torchvision together, as one matching pair.") from None
+    grid = make_grid(images.float().cpu() / 2 + 0.5, columns, padding=2, pad_value=1)
+    return (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
