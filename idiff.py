@@ -9,7 +9,7 @@ diffusion U-Net, both conditioned on z, turn latents back into images. Read it d
     Encoder, Prior, Decoder     the iVAE of Khemakhem et al. 2020 (a VAE where u says nothing)
     ScoreUNet                   the noise (or velocity) network, modulated by t and z
     VPSDE, SAMPLERS, invert     the diffusion process of Song et al. 2021 and its solvers
-    losses, total_loss          Eq. 3 (denoising loss) and Eq. 2 (the weighted sum)
+    losses                      the terms of Eq. 2, whose weighted sum train.py minimises; Eq. 3
     IDiff, load_checkpoint      the model: encode, decode, sample
     load_data, Data             3D Shapes, dSprites, your own images; the modulated draw of x and u
 
@@ -43,34 +43,30 @@ def option(default, help, choices=None, least=0, below=math.inf):
 @dataclass(frozen=True)
 class Config:
     """What changes the numbers: data shape, model, SDE, loss weights, optimiser, seed."""
-
-    model: str = option("idiff", "without p(z|u) and U-Net; without U-Net; the joint model",
-                        choices=("vae", "ivae", "idiff"))
+    model: str = option("idiff", "VAE; with p(z|u); with the U-Net too", ("vae", "ivae", "idiff"))
     latent_dim: int = option(6, "number of latents D", least=1)
     prior: str = option("known", "p(z|u): read off u; a network per latent; one network over u",
-                        choices=("known", "diagonal", "full"))
-    u: str = option("mean+var", "what u modulates of each factor", choices=("var", "mean+var"))
+                        ("known", "diagonal", "full"))
+    u: str = option("mean+var", "what u modulates of each factor", ("var", "mean+var"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
     kl: float = option(5e-3, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
     kl_start: float = option(9e-2, "KL weight at step 0, from which it falls to --kl; 0 for none")
-    predict: str = option("v", "the U-Net's output: noise, or v = alpha eps - sigma x",
-                          choices=("eps", "v"))
-    weight: str = option("v", "denoising error taken of the noise (Eq. 3) or of v",
-                         choices=("eps", "v"))
+    predict: str = option("v", "the U-Net's output: noise, or v = alpha eps - sigma x", ("eps", "v"))
+    weight: str = option("v", "denoising error taken of the noise (Eq. 3) or of v", ("eps", "v"))
     width: int = option(32, "channels of encoder and decoder, finest level", least=1)
     unet_width: int = option(48, "channels of the U-Net, finest level", least=8)
-    patch: int = option(4, "side in pixels of the space-to-depth stem", choices=(1, 2, 4))
+    patch: int = option(4, "side in pixels of the space-to-depth stem", (1, 2, 4))
     batch_size: int = option(256, "images per step", least=1)
     rec_images: int = option(64, "images of each batch that the decoder sees, 0 for all")
     ddpm_images: int = option(16, "images of each batch that the U-Net sees, 0 for all")
     epochs: float = option(0.5, "length in epochs of 480,000 draws")
     steps: int = option(0, "length in optimiser steps, 0 for what --epochs says")
     lr: float = option(1.5e-3, "peak learning rate of AdamW")
-    schedule: str = option("cosine", "learning rate after warm-up", choices=("constant", "cosine"))
+    schedule: str = option("cosine", "learning rate after warm-up", ("constant", "cosine"))
     clip: float = option(1.0, "largest norm of the gradient")
     ema: float = option(0.999, "decay per step of the averaged weights", below=1)
-    precision: str = option("float32", "arithmetic", choices=("float32", "bfloat16"))
+    precision: str = option("float32", "arithmetic", ("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, data and noise")
     image_size: int = option(64, "", least=16)
     image_channels: int = option(3, "", least=1)
@@ -101,7 +97,6 @@ def halvings(cfg):
 
 class Encoder(nn.Module):
     """q(z|x): (B, C, H, W) -> mean and log-variance of z, (B, D) each, float32. Never sees u."""
-
     def __init__(self, cfg):
         super().__init__()
         w, side = cfg.width, cfg.image_size // 16
@@ -118,7 +113,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """p(x|z): (B, D) -> reconstruction (B, C, H, W); a full-resolution convolution comes last."""
-
     def __init__(self, cfg):
         super().__init__()
         w, side = cfg.width, cfg.image_size // 16
@@ -144,43 +138,39 @@ class Prior(nn.Module):
     under the first two; so do all latents of a VAE, for which u says nothing.
     Under u = "var" the known and the diagonal prior's means are 0 (Khemakhem et al. 2020).
     """
-
     def __init__(self, cfg, hidden=64):
         super().__init__()
-        self.kind, self.dim, self.centred = cfg.prior, cfg.latent_dim, cfg.u == "var"
-        self.n_factors, self.log_scale = cfg.n_factors, math.log(cfg.u_scale)
-        self.n_tied = 0 if cfg.model == "vae" else min(cfg.n_factors, cfg.latent_dim)
-        entries = 1 if self.centred else 2                             # of u, per factor
-        if self.n_tied and self.kind == "full":
+        self.centred, self.n_factors, self.dim = cfg.u == "var", cfg.n_factors, cfg.latent_dim
+        self.log_scale = math.log(cfg.u_scale)
+        self.kind, k = cfg.prior, min(cfg.n_factors, cfg.latent_dim)
+        if cfg.model == "vae":
+            self.kind, k = "known", 0
+        self.n_tied, entries = k, 1 if self.centred else 2             # entries of u per factor
+        if self.kind == "full":
             self.net = nn.Sequential(nn.Linear(entries * cfg.n_factors, 2 * hidden), nn.SiLU(),
                                      nn.Linear(2 * hidden, 2 * hidden), nn.SiLU(),
                                      nn.Linear(2 * hidden, 2 * cfg.latent_dim))
-        elif self.n_tied and self.kind == "diagonal":
-            k = self.n_tied
+        elif self.kind == "diagonal":
             self.net = nn.Sequential(nn.Conv1d(entries * k, hidden * k, 1, groups=k), nn.SiLU(),
                                      nn.Conv1d(hidden * k, 2 * k, 1, groups=k))
 
     def forward(self, u):
-        u = u.float().unflatten(1, (-1, self.n_factors))               # (B, 1 or 2, K)
-        if self.n_tied and self.kind == "full":
-            return self.net(u.flatten(1)).float().chunk(2, dim=1)
-        u = u[:, :, :self.n_tied]
-        if self.n_tied and self.kind == "diagonal":
+        if self.kind == "full":
+            return self.net(u.float()).float().chunk(2, dim=1)
+        u = u.float().unflatten(1, (-1, self.n_factors))[:, :, :self.n_tied]  # (B, 1 or 2, tied)
+        if self.kind == "diagonal":
             h = self.net(u.transpose(1, 2).flatten(1).unsqueeze(2))    # (B, 2 tied, 1)
             mu, logvar = h.float().view(len(u), self.n_tied, 2).unbind(2)
-            mu = torch.zeros_like(mu) if self.centred else mu
         else:
-            logvar = (1 - u[:, 0]) * self.log_scale                    # u = 1 - 2 log s / log scale
-            mu = torch.zeros_like(logvar) if self.centred else u[:, 1]
+            mu, logvar = u[:, -1], (1 - u[:, 0]) * self.log_scale      # u = 1 - 2 log s / log scale
         free = (0, self.dim - self.n_tied)                             # N(0, 1) for the others
-        return F.pad(mu, free), F.pad(logvar, free)
+        return F.pad(torch.zeros_like(mu) if self.centred else mu, free), F.pad(logvar, free)
 
 
 # ---- Score U-Net ----
 
 class ResBlock(nn.Module):
     """Residual block whose second group norm is scaled and shifted by the embedding of t and z."""
-
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -203,7 +193,6 @@ class ScoreUNet(nn.Module):
     z and t enter every residual block. One convolution over x_t and the upsampled features at
     full resolution comes last, so that no patch borders show.
     """
-
     def __init__(self, cfg):
         super().__init__()
         f, c = cfg.unet_width, cfg.image_channels
@@ -225,14 +214,11 @@ class ScoreUNet(nn.Module):
                                       nn.PixelShuffle(cfg.patch))
         self.last = nn.Conv2d(8 + c, c, 3, padding=1)
 
-    def embed(self, t, z):
-        """(B, E): sines and cosines of t in 1/1000 steps, and z, each through two layers."""
+    def forward(self, x_t, t, z):
         freq = torch.exp(-math.log(1e4) / self.n_freq * torch.arange(self.n_freq, device=t.device))
         angle = 1000 * t.float()[:, None] * freq                       # (B, F / 2)
-        return F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.latent(z))
-
-    def forward(self, x_t, t, z):
-        emb, skips = self.embed(t, z), []
+        emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.latent(z))  # (B, E)
+        skips = []
         h = self.conv_in(F.pixel_unshuffle(x_t, self.patch))
         for block, halve in zip(self.down, self.halve):
             skips.append(block(h, emb))
@@ -253,8 +239,7 @@ class VPSDE:
     Its marginal is x_t = alpha x + sigma eps with alpha^2 + sigma^2 = 1 and eps ~ N(0, I).
     Every method takes t of any shape and returns that shape. Source: Song et al. 2021, Eq. 11.
     """
-    def __init__(self, beta_min=0.1, beta_max=20.0):
-        self.beta_min, self.beta_rise = beta_min, beta_max - beta_min
+    beta_min, beta_rise = 0.1, 19.9                                    # beta(0), beta(1) - beta(0)
 
     def beta(self, t):
         return self.beta_min + self.beta_rise * t
@@ -285,8 +270,6 @@ class VPSDE:
 
 def time_grid(steps, sde, kind="logsnr"):
     """(steps + 1,) times from 1 down to 1e-3: "uniform" in t, or "logsnr", uniform in sde.lam."""
-    if kind not in ("logsnr", "uniform"):
-        raise ValueError(f"unknown time grid: expected logsnr or uniform; got {kind!r}.")
     ts = torch.linspace(1, 1e-3, steps + 1)
     if kind == "logsnr":
         first, last = sde.lam(ts[[0, -1]])
@@ -305,10 +288,9 @@ def seeded_noise(seeds, shape, device):
 
 def check_stochastic(noise, ts):
     """ValueError unless there is noise and ts decreases: only an ODE runs from image to noise."""
-    if noise is None:
-        raise ValueError("stochastic sampler without noise: pass noise=seeded_noise(seeds, ...).")
-    if ts[0] < ts[-1]:
-        raise ValueError("stochastic sampler on increasing ts: use ddim, heun or dpmpp to invert.")
+    if noise is None or ts[0] < ts[-1]:
+        raise ValueError("a stochastic sampler needs noise=seeded_noise(seeds, shape, device) and "
+                         "decreasing ts; ddim, heun and dpmpp need neither.")
 
 
 def x0_from_eps(x, eps_hat, t, sde):
@@ -426,8 +408,9 @@ def losses(model, x, u, t, eps):
     """The terms of Eq. 2, unweighted, as a dict of float32 scalars: ddpm, rec, kl.
 
     x: (B, C, H, W); u: (B, U); t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all B
-    images, the decoder the first cfg.rec_images of them, the U-Net the first b. "ddpm" (Eq. 3, lambda(t) = sigma^2) is the mean squared error of the noise estimate,
-    or of v with cfg.weight "v"; a model without a U-Net has no such term.
+    images, the decoder the first cfg.rec_images, the U-Net the first b. "ddpm" (Eq. 3 with
+    lambda(t) = sigma^2) is the mean squared error of the noise estimate, or of v under
+    cfg.weight "v"; without a U-Net or without t there is no such term.
     """
     mu_q, logvar_q = model.encoder(x)                                  # (B, D) each
     z = mu_q + (0.5 * logvar_q).exp() * torch.randn_like(mu_q)         # (B, D)
@@ -435,27 +418,20 @@ def losses(model, x, u, t, eps):
     terms = {"rec": (model.decoder(z[:r]) - x[:r]).square().mean(),
              "kl": kl_loss(mu_q, logvar_q, *model.prior(u))}
     if model.unet is not None and len(t):
-        x_0, sde, b = x[:len(t)], model.sde, (-1, 1, 1, 1)
-        alpha, sigma = sde.alpha(t).view(b), sde.sigma(t).view(b)
-        predicted = model.unet(sde.add_noise(x_0, eps, t), t, z[:len(t)])  # (b, C, H, W)
-        v = model.cfg.predict == "v"
-        error = predicted - (alpha * eps - sigma * x_0 if v else eps)
+        x, z, v = x[:len(t)], z[:len(t)], model.cfg.predict == "v"
+        alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (model.sde.alpha, model.sde.sigma))
+        predicted = model.unet(alpha * x + sigma * eps, t, z)          # (b, C, H, W)
+        error = predicted - (alpha * eps - sigma * x if v else eps)
         if v != (model.cfg.weight == "v"):                             # v's error is eps's / alpha
             error = error * alpha if v else error / alpha
         terms["ddpm"] = error.square().mean()
     return terms
 
 
-def total_loss(terms, cfg, kl):
-    """Eq. 2: L_DDPM + lambda_rec L_rec + lambda_KL L_KL, with kl this step's lambda_KL."""
-    return terms.get("ddpm", 0) + cfg.rec * terms["rec"] + kl * terms["kl"]
-
-
 # ---- The model and its checkpoint ----
 
 class IDiff(nn.Module):
     """The joint model of Eq. 2. cfg.model "vae" and "ivae" have no U-Net (unet is None)."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.info, self.sde = cfg, {}, VPSDE()
@@ -479,13 +455,12 @@ class IDiff(nn.Module):
         if self.unet is None:
             raise ValueError(f"model {self.cfg.model!r} has no diffusion U-Net to sample from. "
                              "Use decode, or train with --model idiff.")
-        if self.cfg.predict == "eps":
-            return lambda x, t: self.unet(x, t, z)
 
-        def from_v(x, t):
-            alpha, sigma = self.sde.alpha(t).view(-1, 1, 1, 1), self.sde.sigma(t).view(-1, 1, 1, 1)
-            return sigma * x + alpha * self.unet(x, t, z)
-        return from_v
+        def eps_fn(x, t):
+            alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (self.sde.alpha, self.sde.sigma))
+            predicted = self.unet(x, t, z)
+            return sigma * x + alpha * predicted if self.cfg.predict == "v" else predicted
+        return eps_fn
 
     @torch.no_grad()
     def sample(self, z, start, steps=20, sampler="dpmpp", noise=None):
@@ -525,9 +500,9 @@ def read_checkpoint(path, device="cpu"):
         raise ValueError(f"'{path}' is not an iDiff checkpoint or is damaged "
                          f"({type(error).__name__}). Train it again, or pass another.") from None
     keys = content.keys() if isinstance(content, dict) else ()
-    missing = [k for k in ("format", "config", "info", "model", "ema") if k not in keys]
+    missing = {"format", "config", "info", "model", "ema"} - set(keys)
     if missing:
-        raise ValueError(f"'{path}' is not an iDiff checkpoint: it lacks {', '.join(missing)}.")
+        raise ValueError(f"'{path}' is not an iDiff checkpoint: it lacks {sorted(missing)}.")
     if content["format"] != CHECKPOINT_FORMAT:
         raise ValueError(f"'{path}' has checkpoint format {content['format']!r}, not "
                          f"{CHECKPOINT_FORMAT}. Train it again, or use the version that wrote it.")
@@ -535,11 +510,7 @@ def read_checkpoint(path, device="cpu"):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The IDiff model in eval mode with its averaged (EMA) weights; model.cfg, model.info with it.
-
-    Three lines from a checkpoint to latents: model = load_checkpoint(path);
-    x = images (B, C, H, W) in [-1, 1]; mean, logvar = model.encode(x).
-    """
+    """The IDiff model, with model.cfg and model.info, in eval mode with averaged (EMA) weights."""
     content = read_checkpoint(path, device)
     try:
         model = IDiff(Config(**content["config"]))
@@ -553,8 +524,7 @@ def load_checkpoint(path, device="cpu"):
 
 # ---- Data ----
 
-# A shape is all points within `radius` of a core: (core half width, core half height, radius).
-# Cube, cylinder, sphere, capsule.
+# Cube, cylinder, sphere, capsule: all within radius of a core. (half width, half height, radius)
 SHAPES = ((0.46, 0.46, 0.03), (0.46, 0.46, 0.03), (0.0, 0.0, 0.56), (0.0, 0.24, 0.40))
 LIGHT = torch.tensor([-0.34, -0.49, 0.80])[:, None]          # unit vector towards the light
 
@@ -622,10 +592,10 @@ def render_object(eye, ray, shape):
 
 
 def render_shapes3d(size=64, device="cpu"):
-    """Shading of the 480 geometries (8 scales, 4 shapes, 15 orientations, row-major).
+    """Shade of floor, walls and object, and white light, of the 480 geometries, in [0, 255].
 
-    (480, 4, size, size) uint8, 0..255 for 0..1: shade of floor, walls and object, white light.
-    Sphere tracing (Hart 1996) with 2x2 samples per pixel; the result is always the same.
+    (480, 4, size, size) uint8; geometries are 8 scales, 4 shapes and 15 orientations, row-major.
+    Sphere tracing (Hart 1996) with 2x2 samples per pixel.
     """
     eyes, rays = camera_rays(torch.linspace(-30, 30, 15).deg2rad(), 2 * size)
     point, on_floor, room = render_room(eyes, rays)
@@ -648,22 +618,10 @@ def render_shapes3d(size=64, device="cpu"):
     return torch.stack(planes, dim=1).flatten(0, 2).to(device)
 
 
-def compose_shapes3d(planes, colours):
-    """Images (B, 3, H, W) in [-1, 1] of shading planes (B, 4, H, W) and RGB colours (B, 3, 3).
-
-    planes: 0..255 as render_shapes3d returns them; colours: of floor, walls and object, in [0, 1].
-    """
-    light = torch.ones_like(colours[:, :1])                            # highlights are white
-    rgb = torch.cat([colours, light], dim=1).transpose(1, 2)           # (B, 3, 4)
-    x = torch.bmm(rgb, planes.flatten(2).float() / 255)                # (B, 3, H W)
-    return (x.clamp(0, 1) * 2 - 1).unflatten(2, planes.shape[2:])
-
-
 def compose_dsprites(factors, size=64):
-    """Images (B, 1, size, size), only -1 and 1, of class indices (B, 6) int64; no table needed.
+    """Images (B, 1, size, size), only -1 and 1, of class indices (B, 6) int64, as in dSprites.
 
-    Columns as in dSprites: colour 1, shape 3 (square, ellipse, heart), scale 6, orientation 40
-    (the last equals the first), x 32, y 32. No sprite leaves the image.
+    Shapes are square, ellipse and heart; orientation 39 equals 0; no sprite leaves the image.
     """
     _, shape, scale, turn, x, y = factors[..., None, None].unbind(dim=1)          # (B, 1, 1)
     pixel = (torch.arange(size, device=factors.device) + 0.5) * (64 / size) - 0.5
@@ -683,22 +641,18 @@ def compose_dsprites(factors, size=64):
 class Data:
     """Images on a device, by row, and the modulated draw of rows and u.
 
-    sizes: how many values each named factor has; images: function rows (B,) -> images
-    (B, C, H, W) in [-1, 1]; factors: (N, K) int64, one row per image, or None where the rows are
-    the full factor grid in row-major order.
+    sizes: {factor's name: how many values}; images: function rows (B,) -> (B, C, H, W) in [-1, 1];
+    factors: (N, K) int64, one row per image, or None for the full factor grid in row-major order.
     """
-
     def __init__(self, name, sizes, image_shape, images, device, factors=None):
         self.name, self.factor_names, self.factor_sizes = name, tuple(sizes), tuple(sizes.values())
-        self.image_shape, self.images, self.device = image_shape, images, device
-        sizes, value = self.factor_sizes, torch.arange(max(self.factor_sizes), device=device)
-        self.strides = torch.tensor([math.prod(sizes[k + 1:]) for k in range(len(sizes))],
-                                    device=device)
-        self.sizes = torch.tensor(sizes, device=device)
+        self.image_shape, self.images, self.device, self.table = image_shape, images, device, None
+        self.sizes = torch.tensor(self.factor_sizes, device=device)
+        self.strides = self.sizes.flip(0).cumprod(0).flip(0) // self.sizes
+        self.varied = (self.sizes > 1).nonzero().flatten()             # the factors that u tells of
+        value = torch.arange(max(self.factor_sizes), device=device)    # (V,)
         self.grid = 2 * value / (self.sizes[:, None] - 1).clamp(min=1) - 1  # (K, V) over [-1, 1]
-        self.outside = torch.zeros_like(self.grid).masked_fill(value >= self.sizes[:, None],
-                                                               -math.inf)
-        self.table = None
+        self.exists = value < self.sizes[:, None]                      # (K, V)
         if factors is not None:
             self.table = factors.to(device)
             self.codes, self.order = (self.table * self.strides).sum(1).sort()
@@ -708,9 +662,8 @@ class Data:
 
     def factors(self, rows):
         """(B, K) int64, the index of each factor's value, of rows (B,)."""
-        if self.table is not None:
-            return self.table[rows]
-        return rows[:, None] // self.strides % self.sizes
+        grid = self.table is None
+        return rows[:, None] // self.strides % self.sizes if grid else self.table[rows]
 
     def draw(self, n, generator, u="mean+var", u_scale=0.3):
         """Rows (n,) of one modulated draw, and u (n, U).
@@ -725,10 +678,9 @@ class Data:
         m = unit[1] if u == "mean+var" else torch.zeros_like(unit[1])  # (n, K)
         logits = -0.5 * ((self.grid - m[:, :, None]) / log_s.exp()[:, :, None]).square()
         gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
-        rows = self._pick(logits + gumbel + self.outside, generator)
-        varied = self.sizes > 1
+        rows = self._pick((logits + gumbel).masked_fill(~self.exists, -math.inf), generator)
         entries = [-unit[0], m] if u == "mean+var" else [-unit[0]]
-        return rows, torch.cat([e[:, varied] for e in entries], dim=1)
+        return rows, torch.cat([entry[:, self.varied] for entry in entries], dim=1)
 
     def _pick(self, scores, generator):
         """Rows (n,) by the highest score (n, K, V) per factor among the rows that exist."""
@@ -756,11 +708,14 @@ def load_shapes3d(device):
     """The embedded replica of 3D Shapes (Burgess & Kim 2018): 480,000 images, none stored."""
     planes = render_shapes3d(device=device)                            # (480, 4, 64, 64) uint8
     hue = torch.arange(10)[:, None] * 0.6 + torch.tensor([0.0, 4.0, 2.0])  # tenths of the circle
-    palette = ((hue % 6 - 3).abs() - 1).clamp(0.04, 1).to(device)      # (10, 3), HSV to RGB
+    palette = ((hue % 6 - 3).abs() - 1).clamp(0.04, 1)                 # (10, 3), HSV to RGB
+    palette = torch.cat([palette, torch.ones(1, 3)]).to(device)        # white for highlights
 
     def compose(rows):
-        hues = torch.stack([rows // 48000, rows // 4800 % 10, rows // 480 % 10], dim=1)
-        return compose_shapes3d(planes[rows % 480], palette[hues])
+        colours = [rows // 48000, rows // 4800 % 10, rows // 480 % 10, torch.full_like(rows, 10)]
+        rgb = palette[torch.stack(colours, dim=1)].transpose(1, 2)     # (B, 3, 4)
+        x = torch.bmm(rgb, planes[rows % 480].flatten(2).float() / 255)  # (B, 3, H W)
+        return (x.clamp(0, 1) * 2 - 1).unflatten(2, planes.shape[2:])
     return Data("shapes3d replica", SHAPES3D, (3, 64, 64), compose, device)
 
 
@@ -851,7 +806,7 @@ def image_grid(images, columns):
     try:
         from torchvision.utils import make_grid
     except (ImportError, RuntimeError) as error:
-        raise ImportError(f"no picture drawn: torchvision cannot be imported ({error}). Install "
-                          "torch and torchvision together, as one matching pair.") from None
+        raise ImportError(f"no picture drawn, torchvision cannot be imported: {error}. Install torch "
+                          "and torchvision together, as a matching pair.") from None
     grid = make_grid(images.float().cpu() / 2 + 0.5, columns, padding=2, pad_value=1)
     return (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -23,12 +23,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from idiff import (Config, IDiff, image_grid, load_data, losses, read_checkpoint,
-                   save_checkpoint, seeded_noise, total_loss)
+                   save_checkpoint, seeded_noise)
 
 EPOCH = 480_000                                    # draws, the size of 3D Shapes
 SIZES = {"small": {},
-         "full": dict(patch=2, width=128, unet_width=128, batch_size=128,
-                      rec_images=0, ddpm_images=0, epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
+         "full": dict(patch=2, width=128, unet_width=128, batch_size=128, rec_images=0,
+                      ddpm_images=0, epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
 PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_start=0.0, predict="eps",
              weight="eps", batch_size=32, rec_images=0, lr=2e-4, schedule="constant")
 
@@ -142,24 +142,20 @@ def draw_batch(cfg, data, generator):
     return x, u, t, eps
 
 
-def backward(cfg, model, batch, step):
-    """Eq. 2 and its gradient; the three terms, detached."""
-    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
-        terms = losses(model, *batch)
-    total_loss(terms, cfg, kl_weight(cfg, step)).backward()
-    return {name: term.detach() for name, term in terms.items()}
-
-
 def train_step(cfg, model, ema, optimizer, batch, step):
-    """One optimiser step; returns the terms and the norm of the gradient."""
+    """One optimiser step on Eq. 2; returns its terms and the norm of the gradient."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
+    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
+        terms = losses(model, *batch)
+    loss = terms.get("ddpm", 0) + cfg.rec * terms["rec"] + kl_weight(cfg, step) * terms["kl"]
     optimizer.zero_grad()
-    terms = backward(cfg, model, batch, step)
+    loss.backward()
     norm = clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
+    ema.multi_avg_fn = get_ema_multi_avg_fn(min(cfg.ema, (step + 1) / (step + 10)))   # warm-up
     ema.update_parameters(model)
-    return {**terms, "gradient norm": norm}
+    return {**{name: term.detach() for name, term in terms.items()}, "gradient norm": norm}
 
 
 # ---- the run ----

@@ -262,12 +262,7 @@ def test_eps_fn_gets_one_time_per_image_and_is_called_as_documented(name, per_st
 @pytest.mark.parametrize("name, options", STOCHASTIC.items())
 def test_stochastic_sampler_needs_noise_and_a_decreasing_grid(name, options):
     x, ts = torch.zeros(1, 1, 2, 2), time_grid(4, SDE)
-    with pytest.raises(ValueError, match="without noise"):
+    with pytest.raises(ValueError, match="needs noise"):
         SAMPLERS[name](gaussian_eps, x, ts, SDE, **options)
-    with pytest.raises(ValueError, match="increasing"):
+    with pytest.raises(ValueError, match="decreasing ts"):
         SAMPLERS[name](gaussian_eps, x, ts.flip(0), SDE, lambda: x, **options)
-
-
-def test_unknown_grid_is_refused():
-    with pytest.raises(ValueError, match="karras"):
-        time_grid(4, SDE, "karras")

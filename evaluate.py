@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: MIT
+"""How disentangled is a code? MIG (Eq. 1), MCC, DCI and modularity, with a report and pictures.
+
+    python evaluate.py runs/NAME/ckpt.pt         # one report; many checkpoints: the paper's tables
+    python evaluate.py codes.npz                 # codes of your own: arrays codes and factors
+
+The metrics take codes (N, D) and factors (N, K), torch or numpy, in disentanglement_lib's conventions.
+An undefined number is NaN, with a warning; bad input is a ValueError. One outlier squeezes a latent's
+bins. Sources: MIG Chen et al. 2018; MCC Hyvarinen & Morioka 2016; DCI Eastwood & Williams 2018;
+modularity Ridgeway & Mozer 2018; FactorVAE score Kim & Mnih 2018.
+"""
+import argparse
+import hashlib
+import json
+import os
+import warnings
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from idiff import load_checkpoint, load_data
+
+load_data = lru_cache(load_data)      # one load for many checkpoints
+N_SCORES, N_DCI = 10_000, 15_000      # rows of the standard; two thirds of DCI's train
+NAMES = {"mig": "discrete MIG", "mcc": "Spearman MCC", "disentanglement": "disentanglement",
+         "modularity": "modularity", "completeness": "completeness", "factorvae": "FactorVAE score",
+         "informativeness": "informativeness", "linear_r2": "linear-probe R²"}
+FOUR = list(NAMES)[:4]                # the paper's, in its order
+MODELS = {"vae": "VAE", "ivae": "iVAE", "idiff": "iVAE + DDPM", "codes": "codes"}
+PAPER = {key: dict(zip(FOUR, text.split(", "))) for key, text in {            # Tables 2 and 3, mean ± std / max
+    "vae": "0.06 ± 0.04 / 0.14, 0.20 ± 0.13 / 0.49, 0.09 ± 0.09 / 0.26, 0.51 ± 0.25 / 0.87",
+    "ivae": "0.19 ± 0.07 / 0.34, 0.19 ± 0.09 / 0.39, 0.11 ± 0.10 / 0.30, 0.41 ± 0.12 / 0.63",
+    "idiff": "0.16 ± 0.10 / 0.39, 0.23 ± 0.14 / 0.51, 0.13 ± 0.11 / 0.39, 0.45 ± 0.23 / 0.77",
+    "seeds": "0.26 ± 0.09 / 0.34, 0.11 ± 0.08 / 0.21, 0.13 ± 0.11 / 0.25, 0.35 ± 0.11 / 0.47",
+    "best": "0.39, 0.21, 0.21, 0.39", "codes": "-, -, -, -"}.items()}
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="PATH",
+        help="checkpoint, or .npz with arrays codes (N, D) and factors (N, K)")
+    add("--n", type=lambda text: text if text == "all" else int(text), default=N_DCI,
+        help="images to encode, or all; DCI takes up to 15000")
+    add("--no-dci", action="store_true", help="skip DCI, which takes minutes")
+    add("--sampled", action="store_true", help="score samples of q(z|x) in place of its means")
+    add("--seed", type=int, default=0, help="seed of rows, samples and trees")
+    add("--data", help="name or path of the data, if not those the model was trained on")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="runs the encoder")
+    add("--fresh", action="store_true", help="compute anew what metrics.json already holds")
+    add("--out", type=Path, help="folder of the tables over many files, if not their common parent")
+    return parser
+
+# ---- Metrics ----
+
+def as_arrays(codes, factors):
+    """codes as float64 (N, D), factors as int64 (N, K) re-indexed to 0, 1, ...; or ValueError."""
+    codes, factors = (np.asarray(a.detach().cpu().double() if torch.is_tensor(a) else a)
+                      for a in (codes, factors))
+    for name, a in (("codes", codes), ("factors", factors)):
+        if a.ndim != 2 or 0 in a.shape or len(a) < 2 or a.dtype.kind not in "buif":
+            raise ValueError(f"{name} must be numbers, 2 rows or more; got {a.dtype} {a.shape}.")
+        if not np.isfinite(a).all():
+            column = np.isfinite(a).all(axis=0).argmin()
+            raise ValueError(f"{name}: column {column} holds NaN or inf.")
+    if len(codes) != len(factors):
+        raise ValueError(f"{len(codes)} rows of codes, but {len(factors)} of factors.")
+    labels = [np.unique(column, return_inverse=True)[1] for column in factors.T]
+    return codes.astype(np.float64), np.stack(labels, axis=1)
+
+def varying(factors):
+    """Which factors take more than one value, (K,) bool; warns of each that does not."""
+    mask = np.ptp(factors, axis=0) > 0
+    for j in np.flatnonzero(~mask):
+        warnings.warn(f"factor {j} is constant: left out of every mean.", stacklevel=3)
+    return mask
+
+def undefined(metric, wanted):
+    """NaN, and a warning that says which number is undefined and why."""
+    warnings.warn(f"{metric} is undefined: it needs {wanted}.", stacklevel=3)
+    return float("nan")
+
+def mean_of(values, metric):
+    """Mean over the factors that vary, those whose value is not NaN."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else undefined(metric, "a varying factor")
+
+def mutual_information(codes, factors, n_bins=20):
+    """I(z_i; y_j) in nats, (D, K), each latent in equal bins between its minimum and maximum."""
+    codes, factors = as_arrays(codes, factors)
+    edges = np.linspace(codes.min(axis=0), codes.max(axis=0), n_bins + 1)[:-1]   # last bin closed
+    bins = np.stack([n_bins * i - 1 + np.searchsorted(edges[:, i], z, side="right")
+                     for i, z in enumerate(codes.T)], axis=1)
+    mi = np.zeros((codes.shape[1], factors.shape[1]))
+    for j, y in enumerate(factors.T):
+        shape = len(mi), n_bins, y.max() + 1
+        counts = np.bincount((bins * shape[2] + y[:, None]).ravel(), minlength=np.prod(shape))
+        p = counts.reshape(shape) / len(y)
+        q = p.sum(axis=2, keepdims=True) * p.sum(axis=1, keepdims=True)  # were they independent
+        mi[:, j] = (p * np.log(np.divide(p, q, out=np.ones(shape), where=p > 0))).sum(axis=(1, 2))
+    return np.where(mi < 1e-12, 0, mi)           # rounding residue of a dead latent is no score
+
+def entropies(factors):
+    """H(y_j) in nats, (K,), of factors re-indexed to 0, 1, ..."""
+    shares = (np.bincount(y) / len(y) for y in factors.T)
+    return np.array([-(p * np.log(p)).sum() for p in shares])
+
+def mig_per_factor(codes, factors):
+    """Gap in information between a factor's two best latents, over its entropy, (K,): Eq. 1."""
+    codes, factors = as_arrays(codes, factors)
+    codes = np.insert(codes, 0, 0, axis=1)       # with one latent the runner-up is 0
+    mi = np.sort(mutual_information(codes, factors), axis=0)
+    return (mi[-1] - mi[-2]) / np.where(varying(factors), entropies(factors), np.nan)
+
+def mig(codes, factors):
+    """Discrete mutual information gap, the mean of mig_per_factor, in [0, 1]."""
+    return mean_of(mig_per_factor(codes, factors), "MIG")
+
+def correlation(codes, factors):
+    """|Spearman's rho|, (D, K), with average ranks for ties; 0 with a constant column."""
+    from scipy.stats import rankdata
+    d, ranks = np.shape(codes)[1], rankdata(np.hstack(as_arrays(codes, factors)), axis=0)
+    ranks -= ranks.mean(axis=0)
+    norms = np.linalg.norm(ranks, axis=0)
+    ranks /= np.where(norms > 0, norms, 1)
+    return np.abs(ranks[:, :d].T @ ranks[:, d:]).clip(max=1)
+
+def match(corr):
+    """Row and column indices of the one-to-one pairs with the largest sum of corr (D, K)."""
+    from scipy.optimize import linear_sum_assignment
+    return linear_sum_assignment(corr, maximize=True)
+
+def mcc(codes, factors):
+    """Spearman's mean correlation coefficient, in [0, 1]; low for a cyclic or unordered factor."""
+    codes, factors = as_arrays(codes, factors)
+    corr = correlation(codes, factors)[:, varying(factors)]
+    if not corr.size:
+        return undefined("MCC", "a varying factor")
+    return float(corr[match(corr)].sum() / corr.shape[1])   # iVAE's code divides by min(D, K)
+
+def modularity_of_information(mi):
+    """Modularity of a matrix (D, K) of mutual information. A latent that knows nothing scores 0."""
+    if mi.shape[1] < 2:
+        return undefined("modularity", "two varying factors")
+    top = np.square(mi.max(axis=1))
+    rest = np.square(mi).sum(axis=1) - top
+    share = np.divide(rest, top * (mi.shape[1] - 1), out=np.ones(len(mi)), where=top > 0)
+    return float(np.mean(1 - share))
+
+def modularity(codes, factors):
+    """How far each latent knows one factor only, in [0, 1]; dead ones count 0, noise about 0.65."""
+    codes, factors = as_arrays(codes, factors)
+    return modularity_of_information(mutual_information(codes, factors)[:, varying(factors)])
+
+def dci_of_importance(importance):
+    """Disentanglement and completeness of an importance matrix (D, K), a dict; 0 for all zeros."""
+    scores = {}
+    for name, r, wanted in (("disentanglement", importance, "two varying factors"),
+                            ("completeness", importance.T, "two latents")):
+        p = (r + 1e-11) / (r + 1e-11).sum(axis=1, keepdims=True)         # avoids 0 ln 0
+        order = 1 + (p * np.log(p)).sum(axis=1) / np.log(max(p.shape[1], 2))
+        scores[name] = (undefined(name, wanted) if p.shape[1] < 2 or not p.size else
+                        float(r.sum(axis=1) / (r.sum() or 1) @ order))
+    return scores
+
+def fit_trees(codes, factors, seed=0, label=None):
+    """Importance (D, K) and test accuracy (K,) of boosted trees that tell each varying factor.
+
+    Trees of scikit-learn's defaults; two thirds of a seeded shuffle train. label: progress bar's.
+    """
+    from joblib import Parallel, delayed
+    from sklearn.ensemble import GradientBoostingClassifier
+    codes, factors = as_arrays(codes, factors)
+    order, split = np.random.default_rng(seed).permutation(len(codes)), 2 * len(codes) // 3
+    codes, factors = codes[order], factors[order][:, varying(factors[order[:split]])]
+
+    def fit(j):
+        trees = GradientBoostingClassifier(random_state=seed).fit(codes[:split], factors[:split, j])
+        return j, trees.feature_importances_, trees.score(codes[split:], factors[split:, j])
+
+    jobs = [delayed(fit)(j) for j in np.argsort(-factors.max(axis=0, initial=0))]  # longest first
+    matrix, accuracy = np.zeros((codes.shape[1], len(jobs))), np.zeros(len(jobs))
+    fits = Parallel(-1, return_as="generator_unordered", prefer="threads")(jobs) if jobs else ()
+    for j, *found in tqdm(fits, label, len(jobs), unit="factor", disable=not label):
+        matrix[:, j], accuracy[j] = found
+    return matrix, accuracy
+
+def dci(codes, factors, seed=0):
+    """Disentanglement, completeness and informativeness (mean test accuracy), a dict."""
+    matrix, accuracy = fit_trees(codes, factors, seed)
+    return dci_of_importance(matrix) | {"informativeness": mean_of(accuracy, "informativeness")}
+
+def factorvae_score(codes, factors, seed=0, n_train=10_000, n_test=5_000, batch=64):
+    """Accuracy of majority votes from the least varying latent of a batch to the factor it shares.
+
+    Batches come from the given rows; latents with a standard deviation below 0.05 have no vote.
+    """
+    codes, factors = as_arrays(codes, factors)
+    std, mask, rng = codes.std(axis=0), varying(factors), np.random.default_rng(seed)
+    codes = codes[:, std >= 0.05] / std[std >= 0.05]
+    if not codes.size or not mask.any():
+        return 0.0 if mask.any() else undefined("FactorVAE score", "a varying factor")
+    factor = rng.choice(np.flatnonzero(mask), n_train + n_test)
+    latent, ballots = np.zeros_like(factor), np.zeros((codes.shape[1], len(mask)))
+    for j in np.unique(factor):
+        votes, order = np.flatnonzero(factor == j), np.argsort(factors[:, j])
+        y = factors[order, j]
+        value = rng.integers(0, y[-1] + 1, (len(votes), 1))
+        first, last = (np.searchsorted(y, value, side) for side in ("left", "right"))
+        rows = order[rng.integers(first, last, (len(votes), batch))]
+        latent[votes] = codes[rows].var(axis=1).argmin(axis=1)
+    np.add.at(ballots, (latent[:n_train], factor[:n_train]), 1)
+    return float((ballots.argmax(axis=1)[latent] == factor)[n_train:].mean())
+
+def linear_r2(codes, factors, seed=0):
+    """Test R² of least squares from all latents to each factor's index, (K,); split as in DCI."""
+    codes, factors = as_arrays(codes, factors)
+    order, split = np.random.default_rng(seed).permutation(len(codes)), 2 * len(codes) // 3
+    x, y = np.insert(codes - codes.mean(axis=0), 0, 1, axis=1)[order], factors[order]
+    error = (y - x @ np.linalg.lstsq(x[:split], y[:split], rcond=None)[0])[split:]
+    total = y[split:].var(axis=0)
+    return 1 - np.square(error).mean(axis=0) / np.where(total > 0, total, np.nan)
+
+# ---- Codes of a checkpoint or a file ----
+
+@torch.no_grad()
+def encode(model, data, rows, args):
+    """Codes as args has them, and one seeded sample of q(z|x), of the images in rows: (N, D)."""
+    generator, parts = torch.Generator(data.device).manual_seed(args.seed), []
+    for part in tqdm(rows.split(500), "encoding, 500 images each", disable=None, leave=False):
+        mean, logvar = model.encode(data.images(part))
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        parts.append(torch.stack([mean, mean + (0.5 * logvar).exp() * noise]).double().cpu())
+    mean, sample = torch.cat(parts, dim=1).numpy()
+    if not np.isfinite(sample).all():
+        raise ValueError("the encoder's output holds NaN or inf: its training diverged.")
+    return sample if args.sampled else mean, sample
+
+def of_checkpoint(path, args):
+    """Codes, samples and factors of random images; those of modulated draws and u's own code."""
+    model = load_checkpoint(path, args.device)
+    data = load_data(args.data or model.info["data_arg"], args.device)
+    cfg, n = model.cfg, len(data) if args.n == "all" else min(args.n, len(data))
+    rows = np.random.default_rng(args.seed).choice(len(data), n, replace=False)
+    rows = torch.from_numpy(rows).to(data.device)
+    drawn, u = data.draw(min(n, N_SCORES), torch.Generator(data.device).manual_seed(args.seed),
+                         cfg.u, cfg.u_scale)
+    codes, samples = encode(model, data, rows, args)
+    return {"codes": codes, "samples": samples, "factors": data.factors(rows).cpu().numpy(),
+            "encoder_on_draws": encode(model, data, drawn, args)[0], "names": data.factor_names,
+            "u_on_draws": u[:, u.shape[1] // 2 if cfg.u == "mean+var" else 0:].cpu().numpy(),
+            "drawn_factors": data.factors(drawn).cpu().numpy(), "data": data.name,
+            "model": cfg.model, "config": vars(cfg), "weights": "EMA"}
+
+def of_npz(path, args):
+    """The arrays codes and factors of an .npz, in seeded order; ValueError in one line if none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            codes, factors = as_arrays(file["codes"], file["factors"])
+    except Exception as error:                   # of zip, pickle, key, shape: many kinds
+        raise ValueError(f"'{path}' must hold arrays codes (N, D) and factors (N, K): "
+                         f"{error}") from None
+    rows = np.random.default_rng(args.seed).permutation(len(codes))
+    rows = rows if args.n == "all" else rows[:args.n]
+    return {"codes": codes[rows], "samples": codes[rows], "factors": factors[rows],
+            "names": [f"factor {j}" for j in range(factors.shape[1])], "data": path.name,
+            "model": "codes", "config": None, "weights": "unknown"}
+
+# ---- The report ----
+
+def four(codes, factors, matrix=None):
+    """The paper's four metrics, a dict; disentanglement of DCI's matrix, NaN without one."""
+    return {metric.__name__: metric(codes, factors) for metric in (mig, mcc, modularity)} | {
+        "disentanglement": np.nan if matrix is None else
+        dci_of_importance(matrix)["disentanglement"]}
+
+def measure(s, args):
+    """The numbers of the report, a dict, of what of_checkpoint or of_npz gives."""
+    codes, factors, std = s["codes"], s["factors"], s["codes"].std(axis=0)
+    active = std > 0.05 * std.max()              # a collapsed latent is not constant
+    noise = np.random.default_rng(args.seed).permutation(codes)
+    few, matrix, floor = (codes[:N_DCI], factors[:N_DCI], args.seed), None, None
+    scores = {"factorvae": factorvae_score(*few), "linear_r2": mean_of(linear_r2(*few), "R²")}
+    if not args.no_dci:
+        matrix, accuracy = fit_trees(*few, "DCI")
+        floor, _ = fit_trees(noise[:N_DCI], *few[1:], "DCI, noise floor")
+        scores |= dci_of_importance(matrix)
+        scores["informativeness"] = mean_of(accuracy, "informativeness")
+    if len(codes) <= N_DCI:
+        codes, noise, factors = codes[:N_SCORES], noise[:N_SCORES], factors[:N_SCORES]
+    mi, corr, gap = (f(codes, factors) for f in (mutual_information, correlation, mig_per_factor))
+    share, best = mi / np.where(np.isnan(gap), np.nan, entropies(factors)), mi.argmax(axis=0)
+    pairs = {j: i for i, j in zip(*match(corr))}
+    result = {key: s[key] for key in ("data", "model", "config", "weights")} | {
+        "metrics": dict.fromkeys(NAMES, np.nan) | scores | four(codes, factors, matrix),
+        "noise_floor": four(noise, factors, floor),
+        "per_factor": {name: {"latent": best[j], "mi_over_h": share[best[j], j], "gap": gap[j],
+                              "rho": corr[best[j], j], "mcc_latent": pairs.get(j)}
+                       for j, name in enumerate(s["names"])},
+        "n": len(codes), "n_active": active.sum(), "latent_std": std, "mi_over_h": share}
+    if active.any():
+        result["active"] = four(codes[:, active], factors, None if args.no_dci else matrix[active])
+    for key in ("encoder_on_draws", "u_on_draws"):
+        result |= {key: four(s[key], s["drawn_factors"])} if key in s else {}
+    return result
+
+def write_json(path, content):
+    """Write content and return it as it will be read: arrays as lists, NaN as None."""
+    text = json.dumps(content, default=lambda array: array.tolist())
+    content = json.loads(text, parse_constant=lambda nan: None)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return content
+
+def report(path, args):
+    """The report of one file, a dict: from its metrics.json if nothing changed, or computed."""
+    if not path.is_file():
+        raise SystemExit(f"no such checkpoint or .npz: '{path}'. Train one with train.py.")
+    prefix = f"{path.parent}/" if path.name == "ckpt.pt" else f"{path.parent}/{path.stem}_"
+    target = Path(prefix + "metrics.json")
+    key = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "n": args.n, "seed": args.seed,
+           "dci": not args.no_dci, "data": args.data, "sampled": args.sampled}
+    stored = json.loads(target.read_text()) if target.exists() and not args.fresh else {}
+    if stored.get("key") in (key, key | {"dci": True}):
+        return stored | {"file": str(path)}
+    try:
+        s = (of_npz if path.suffix == ".npz" else of_checkpoint)(path, args)
+    except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        raise SystemExit(f"evaluate.py: {' '.join(str(error).split())}") from None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = measure(s, args)
+    result |= {"file": str(path), "key": key, "codes": ("means", "samples")[args.sampled],
+               "dci_learner": "scikit-learn GradientBoostingClassifier, defaults",
+               "versions": {p: version(p) for p in ("numpy", "scipy", "scikit-learn", "torch")},
+               "warnings": sorted({str(w.message) for w in caught})}
+    for draw in (draw_latents, draw_information, draw_pairs) + (draw_factors,) * ("u_on_draws" in s):
+        draw(result, s).savefig(f"{prefix}{draw.__name__.removeprefix('draw_')}.png", dpi=150)
+    return write_json(target, result)
+
+def table(header, rows):
+    """A Markdown table, padded to be read as it is; floats with three digits, - for None."""
+    text = [["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
+            for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    text.insert(1, ["-" * w for w in widths])
+    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in text)
+
+def print_report(r):
+    """Print a report for people."""
+    columns = {"all latents": "metrics", f"{r['n_active']} active": "active",
+               "noise floor": "noise_floor", "on draws": "encoder_on_draws", "u alone": "u_on_draws"}
+    columns = {title: r[key] for title, key in columns.items() if key in r}
+    print(f"{r['file']}: {MODELS[r['model']]}, {len(r['latent_std'])} latents; {r['data']}\n"
+          f"{r['codes']}, {r['weights']} weights, n = {r['n']:,}, seed {r['key']['seed']}\n")
+    print(table(["metric", *columns],
+                [[NAMES[m], *(c.get(m) for c in columns.values())] for m in NAMES]))
+    print(table(["factor", "latent", "MI/H", "gap", "|rho|", "MCC's latent"],
+                [[name, *row.values()] for name, row in r["per_factor"].items()]))
+    print("std of the latents:", *(f"{std:.3f}" for std in r["latent_std"]))
+    print("".join(f"warning: {line}\n" for line in r["warnings"]))
+
+# ---- Pictures ----
+
+def panels(n, width=3.2, height=2.5):
+    """A figure and its n axes, in rows of 3, or of 5 if there are more than 6."""
+    from matplotlib.figure import Figure
+    columns = 1 if n == 1 else 3 if n <= 6 else 5
+    rows = -(-n // columns)
+    figure = Figure((width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for i, ax in enumerate(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_visible(i < n)
+    return figure, axes[:n]
+
+def colours(name, n_values):
+    """A colour per value of a factor, (V, 4): a hue's own, or from dark to light."""
+    from matplotlib import colormaps
+    return colormaps["hsv" if "hue" in name else "viridis"](np.arange(n_values) / n_values)
+
+def draw_latents(r, s):
+    """Histograms of samples of each latent, coloured by the factor it knows most of, if any."""
+    share, (figure, axes) = np.nan_to_num(r["mi_over_h"]), panels(len(r["latent_std"]))
+    for i, (ax, j) in enumerate(zip(axes, share.argmax(axis=1))):
+        z, y, known = s["samples"][:, i], s["factors"][:, j], share[i, j] > 0.05
+        ax.hist([z[y == v] for v in range(y.max() + 1)] if known else z, 60, stacked=True,
+                color=colours(s["names"][j], y.max() + 1) if known else "0.7")
+        ax.set_title(f"{s['names'][j]}, MI/H {share[i, j]:.2f}", fontsize=10)
+        ax.set(yticks=[], xlabel=f"sample of z{i}")
+    return figure
+
+def draw_factors(r, s):
+    """Share of each value of each factor, on the grid and in modulated draws."""
+    figure, axes = panels(len(s["names"]))
+    for j, ax in enumerate(axes):
+        for key, shift, label in (("factors", -0.2, "grid"), ("drawn_factors", 0.2, "draws")):
+            values, counts = np.unique(s[key][:, j], return_counts=True)
+            ax.bar(values + shift, counts / counts.sum(), 0.4, label=label)
+        ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share of images")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+def draw_information(r, s):
+    """The matrix MI/H, with each factor's best latent boxed and MCC's pairs dotted."""
+    share, rows = np.asarray(r["mi_over_h"]), list(r["per_factor"].values())
+    figure, (ax,) = panels(1, 1.6 + 0.9 * share.shape[1], 1.6 + 0.4 * len(share))
+    image = ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(share):
+        ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="0" if value < 0.6 else "1")
+    ax.plot([row["latent"] for row in rows], "s", ms=25, mfc="none", mec="tab:orange", mew=2,
+            label="best latent")
+    ax.plot(*zip(*((j + 0.38, row["mcc_latent"] - 0.28) for j, row in enumerate(rows)
+                   if row["mcc_latent"] is not None)), "o", ms=5, c="tab:red", label="MCC's pair")
+    ax.set_xticks(range(len(rows)), s["names"], rotation=30, ha="right")
+    ax.set_yticks(range(len(share)), [f"z{i}" for i in range(len(share))])
+    figure.colorbar(image, label="mutual information / entropy")
+    figure.legend(loc="outside upper center", ncols=2, markerscale=0.4)
+    return figure
+
+def draw_pairs(r, s):
+    """Each factor's best latent against the factor's value, medians as bars: folds, cuts show."""
+    figure, axes = panels(len(s["names"]))
+    for j, (ax, (name, row)) in enumerate(zip(axes, r["per_factor"].items())):
+        y, z = s["factors"][:3000, j], s["codes"][:3000, row["latent"]]
+        jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(y))
+        ax.scatter(y + jitter, z, 2, colours(name, y.max() + 1)[y])
+        ax.plot(np.unique(y), [np.median(z[y == v]) for v in np.unique(y)], "k_", ms=12, mew=2)
+        ax.set_title(f"MI/H {row['mi_over_h']:.2f}, |ρ| {row['rho']:.2f}", fontsize=10)
+        ax.set(xlabel=f"{name}, index", ylabel=f"z{row['latent']}")
+    return figure
+
+# ---- Tables over many checkpoints ----
+
+def spread(group):
+    """{metric: [mean, std, max]} over reports; std with n - 1, NaN where one lacks the metric."""
+    values = np.array([[r["metrics"][m] for m in NAMES] for r in group], float)
+    stats = values.mean(axis=0), values.std(axis=0, ddof=len(group) > 1), values.max(axis=0)
+    return dict(zip(NAMES, np.transpose(stats).tolist()))
+
+def comparison(columns):
+    """The paper's four metrics in Markdown; columns: pairs of title and spread, or paper's text."""
+    cells = [[column[m] if isinstance(column[m], str) else
+              "{:.2f} ± {:.2f} / {:.2f}".format(*column[m]) for m in FOUR] for _, column in columns]
+    return table(["metric", *(title for title, _ in columns)],
+                 zip((NAMES[m] for m in FOUR), *cells)) + "\n"
+
+def write_tables(results, folder):
+    """Print and write Table 2 (by model) and Table 3 (by configuration, over its seeds)."""
+    models, configs, columns = {}, {}, []
+    for r in results:
+        config = json.dumps([r["data"], (r["config"] or {"file": r["file"]}) | {"seed": None}])
+        models.setdefault(r["model"], []).append(r)
+        configs.setdefault(config, []).append(r)
+    seeds = [group for group in configs.values() if len(group) > 1]
+    for model, group in models.items():
+        columns += [(f"{MODELS[model]}, n = {len(group)}", spread(group)), ("paper", PAPER[model])]
+    text = "Table 2: mean ± std / max by model\n\n" + comparison(columns)
+    for group in seeds:
+        best = max(group, key=lambda r: r["metrics"]["mig"] or 0)
+        text += f"Table 3: mean ± std / max over seeds of {group[0]['file']}\n\n" + comparison([
+            ("best MIG", {m: f"{best['metrics'][m] or np.nan:.2f}" for m in FOUR}),
+            (f"{len(group)} seeds", spread(group)),
+            ("paper, best", PAPER["best"]), ("paper, 5 seeds", PAPER["seeds"])])
+    text += table(["run", "model", *(NAMES[m] for m in FOUR)], [
+        [r["file"], MODELS[r["model"]], *(r["metrics"][m] for m in FOUR)] for r in results])
+    (folder / "tables.md").write_text(text)
+    write_json(folder / "tables.json", {
+        "models": {model: {"n": len(group), **spread(group)} for model, group in models.items()},
+        "seeds": [{"files": [r["file"] for r in group], **spread(group)} for group in seeds]})
+    print(text)
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    results = [report(path, args) for path in args.paths]
+    if len(results) == 1:
+        return print_report(results[0])
+    parents = [str(path.resolve().parent) for path in args.paths]
+    write_tables(results, args.out or Path(os.path.commonpath(parents)))
+
+if __name__ == "__main__":
+    main()

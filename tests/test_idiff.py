@@ -1,0 +1,890 @@
+# SPDX-License-Identifier: MIT
+"""Models, prior, losses, checkpoints and data of idiff.py against values derived another way.
+
+    python -m pytest tests/test_idiff.py
+    python -m pytest tests/test_idiff.py -k draw
+"""
+import math
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+import idiff
+from idiff import Config, Data, IDiff, VPSDE, kl_loss, losses, seeded_noise
+
+SMALL = dict(width=8, unet_width=8, batch_size=4, ddpm_images=2, image_size=16, latent_dim=4,
+             n_factors=3)
+
+
+def small_model(seed=0, **changes):
+    """A tiny IDiff whose weights are all random, so that no block is the identity."""
+    torch.manual_seed(seed)
+    model = IDiff(Config(**{**SMALL, **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def images(n, side=16, channels=3, seed=0):
+    return torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def one_line(error):
+    """The message of an error, which must be a single line that says something."""
+    text = str(error.value)
+    assert len(text) > 10 and "\n" not in text
+    return text
+
+
+# ---- configuration ----
+
+
+@pytest.mark.parametrize("name, value", [
+    ("kl", -1e-3), ("rec", -0.1), ("kl", math.nan), ("lr", math.inf), ("lr", "0.1"),
+    ("batch_size", 0), ("batch_size", 1.5), ("latent_dim", 0), ("u_scale", 0.0), ("u_scale", 1.0),
+    ("ema", 1.0), ("steps", -1), ("model", "gan"), ("prior", ""), ("predict", "x0"), ("patch", 3),
+    ("unet_width", 12), ("image_size", 40), ("seed", True)])
+def test_config_names_the_field_it_rejects(name, value):
+    with pytest.raises(ValueError) as error:
+        Config(**{name: value})
+    assert name in one_line(error)
+
+
+def test_config_survives_a_plain_dict():
+    cfg = Config(kl=0.125, model="vae", seed=3)
+    assert Config(**{f.name: getattr(cfg, f.name) for f in fields(cfg)}) == cfg
+    with pytest.raises(AttributeError):
+        cfg.kl = 1.0
+
+
+# ---- networks ----
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+@pytest.mark.parametrize("side, channels", [(16, 1), (32, 3)])
+def test_every_network_keeps_its_shapes(patch, side, channels):
+    model = small_model(patch=patch, image_size=side, image_channels=channels)
+    x, t = images(2, side, channels), torch.tensor([0.1, 0.9])
+    mean, logvar = model.encode(x)
+    assert mean.shape == logvar.shape == (2, 4)
+    assert model.decode(mean).shape == model.unet(x, t, mean).shape == x.shape
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_outputs_are_float32_also_under_autocast(precision):
+    model, x = small_model(), images(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        mean, logvar = model.encode(x)
+        mu_p, logvar_p = model.prior(torch.zeros(2, 6))
+        outputs = mean, logvar, mu_p, logvar_p, model.decode(mean), model.unet(x, x[:, 0, 0, 0], mean)
+    assert {h.dtype for h in outputs} == {torch.float32}
+
+
+def test_unet_output_depends_on_z_and_on_t():
+    model, x = small_model(), images(1)
+    t, z = torch.tensor([0.5]), torch.zeros(1, 4)
+    base = model.unet(x, t, z)
+    assert (model.unet(x, t + 0.3, z) - base).abs().max() > 1e-3
+    for i in range(4):
+        moved = z.clone()
+        moved[0, i] = 1
+        assert (model.unet(x, t, moved) - base).abs().max() > 1e-3
+
+
+def test_every_parameter_of_every_network_gets_a_gradient():
+    model, x = small_model(prior="full"), images(4)
+    terms = losses(model.train(), x, torch.rand(4, 6), torch.rand(4), torch.randn_like(x))
+    sum(terms.values()).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@pytest.mark.parametrize("predict", ["eps", "v"])
+def test_an_image_alone_equals_that_image_in_a_batch(predict):
+    model, x = small_model(predict=predict), images(5)
+    mean, logvar = model.encode(x)
+    start = seeded_noise(range(5), x.shape[1:], x.device)()
+    decoded, sampled = model.decode(mean), model.sample(mean, start, steps=4)
+    for k in range(5):
+        alone = model.encode(x[k:k + 1])
+        one = seeded_noise([k], x.shape[1:], x.device)()
+        torch.testing.assert_close(alone[0], mean[k:k + 1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(alone[1], logvar[k:k + 1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model.decode(alone[0]), decoded[k:k + 1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.sample(mean[k:k + 1], one, steps=4), sampled[k:k + 1],
+                                   atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", sorted(idiff.SAMPLERS))
+def test_samples_are_images_and_repeat(sampler):
+    model, z = small_model(), torch.randn(3, 4, generator=rng())
+    shape = (3, 16, 16)
+    first, second = (model.sample(z, seeded_noise([0, 1, 2], shape, "cpu")(), 3, sampler,
+                                  seeded_noise([3, 4, 5], shape, "cpu")) for _ in range(2))
+    assert first.shape == (3, *shape) and first.abs().max() <= 1
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 1, 16, 16), torch.zeros(2, 3, 32, 32),
+                               torch.zeros(3, 16, 16)])
+def test_encode_names_the_shape_it_wants(x):
+    with pytest.raises(ValueError) as error:
+        small_model().encode(x)
+    assert "16" in one_line(error) and str(tuple(x.shape)) in one_line(error)
+
+
+@pytest.mark.parametrize("kind", ["vae", "ivae"])
+def test_models_without_a_unet_decode_and_say_that_they_cannot_sample(kind):
+    model, x = small_model(model=kind), images(2)
+    mean, _ = model.encode(x)
+    assert model.decode(mean).shape == x.shape
+    with pytest.raises(ValueError) as error:
+        model.sample(mean, torch.randn_like(x))
+    assert kind in one_line(error)
+    assert set(losses(model, x, torch.zeros(2, 6), torch.rand(2), x)) == {"rec", "kl"}
+
+
+# ---- p(z|u) ----
+
+
+def scales_and_centres(u, u_scale, n_factors):
+    """s_k and m_k of a "mean+var" u (n, 2 K): u_k is log s_k scaled to [-1, 1], then come the m_k."""
+    middle, half_width = math.log(u_scale) / 2, -math.log(u_scale) / 2
+    return (middle + half_width * u[:, :n_factors]).exp(), u[:, n_factors:]
+
+
+def tiny_data(factors=None, sizes=(5, 1, 3)):
+    named = {f"f{k}": size for k, size in enumerate(sizes)}
+    return Data("tiny", named, (1, 16, 16), lambda rows: rows, torch.device("cpu"), factors)
+
+
+@pytest.mark.parametrize("u_scale", [0.1, 0.3, 0.7])
+def test_known_prior_reads_mean_and_variance_off_the_drawn_u(u_scale):
+    _, u = tiny_data(sizes=(5, 4, 3)).draw(50, rng(), "mean+var", u_scale)
+    s, m = scales_and_centres(u, u_scale, 3)
+    mu, logvar = small_model(u_scale=u_scale, latent_dim=3).prior(u)
+    torch.testing.assert_close(mu, m)
+    torch.testing.assert_close(logvar, 2 * s.log(), atol=1e-5, rtol=1e-5)
+    assert s.min() >= u_scale * 0.999 and s.max() <= 1.001
+
+
+@pytest.mark.parametrize("dim", [2, 3, 5])
+@pytest.mark.parametrize("u", ["var", "mean+var"])
+def test_known_prior_has_one_latent_per_factor_and_a_standard_normal_for_the_rest(dim, u):
+    entries = tiny_data(sizes=(5, 4, 3)).draw(9, rng(), u)[1]
+    mu, logvar = small_model(latent_dim=dim, u=u).prior(entries)
+    assert mu.shape == logvar.shape == (9, dim)
+    assert logvar[:, :3].abs().min() > 0 and not logvar[:, 3:].any() and not mu[:, 3:].any()
+    assert bool(mu[:, :3].any()) == (u == "mean+var")
+
+
+@pytest.mark.parametrize("prior", ["known", "diagonal", "full"])
+def test_prior_of_a_vae_is_standard_normal_and_ignores_u(prior):
+    mu, logvar = small_model(model="vae", prior=prior).prior(torch.rand(7, 6))
+    assert mu.shape == logvar.shape == (7, 4) and not mu.any() and not logvar.any()
+
+
+def jacobian(prior, u):
+    """Which entries of u (columns) change the mean or log-variance of each latent (rows)."""
+    rows = torch.autograd.functional.jacobian(lambda u: torch.stack(prior(u[None]), 2)[0], u)
+    return rows.abs().amax(dim=1) > 0                                  # (D, U)
+
+
+@pytest.mark.parametrize("u", ["var", "mean+var"])
+def test_diagonal_prior_shows_latent_i_only_its_own_factor(u):
+    entries = 3 if u == "var" else 6
+    seen = jacobian(small_model(prior="diagonal", latent_dim=5, u=u).prior, torch.rand(entries))
+    own = torch.eye(5, 3, dtype=torch.bool).repeat(1, entries // 3)    # two latents see nothing
+    assert torch.equal(seen, own)
+
+
+def test_full_prior_shows_every_latent_all_of_u():
+    assert jacobian(small_model(prior="full", latent_dim=5).prior, torch.rand(6)).all()
+
+
+@pytest.mark.parametrize("prior", ["known", "diagonal"])
+def test_mean_is_zero_where_u_modulates_only_the_variance(prior):
+    mu, logvar = small_model(prior=prior, u="var").prior(torch.rand(7, 3) * 2 - 1)
+    assert not mu.any() and logvar[:, :3].std(dim=0).min() > 1e-3
+
+
+# ---- losses ----
+
+
+def gaussians(b=6, d=4):
+    mu_q, logvar_q, mu_p, logvar_p = torch.randn(4, b, d, generator=rng())
+    return mu_q, logvar_q, mu_p, logvar_p
+
+
+def test_kl_agrees_with_torch_distributions():
+    mu_q, logvar_q, mu_p, logvar_p = gaussians()
+    q, p = Normal(mu_q, (logvar_q / 2).exp()), Normal(mu_p, (logvar_p / 2).exp())
+    torch.testing.assert_close(kl_loss(mu_q, logvar_q, mu_p, logvar_p),
+                               kl_divergence(q, p).sum(dim=1).mean())
+
+
+def test_kl_is_zero_only_for_equal_gaussians():
+    mu, logvar, other, _ = gaussians()
+    assert kl_loss(mu, logvar, mu, logvar) == 0
+    assert kl_loss(mu, logvar, other, logvar) > 0 and kl_loss(mu, logvar, mu, other) > 0
+
+
+def test_kl_is_a_sum_over_latents_and_a_mean_over_the_batch():
+    terms = gaussians()
+    kl = kl_loss(*terms)
+    torch.testing.assert_close(kl_loss(*(h.repeat(1, 3) for h in terms)), 3 * kl)
+    torch.testing.assert_close(kl_loss(*(h.repeat(3, 1) for h in terms)), kl)
+
+
+def stub(predict="eps", weight="eps", unet=lambda x_t, t, z: 0 * x_t, decoder=None):
+    """What losses needs of a model, with q(z|x) = N(mean of x, 0) and p(z|u) = N(u, 1)."""
+    def encoder(x):
+        mu = x.mean(dim=(1, 2, 3))[:, None].repeat(1, 3)
+        return mu, torch.full_like(mu, -60.0)
+    return SimpleNamespace(cfg=Config(predict=predict, weight=weight, **SMALL), sde=VPSDE(),
+                           encoder=encoder, prior=lambda u: (u, torch.zeros_like(u)), unet=unet,
+                           decoder=decoder or (lambda z: torch.zeros(len(z), 3, 16, 16)))
+
+
+def a_step(b=4):
+    """x, u, t, eps of one training step, at times where alpha is not tiny."""
+    x = images(b)
+    return (x, torch.rand(b, 3, generator=rng(1)), torch.linspace(0.1, 0.8, b),
+            torch.randn(x.shape, generator=rng(2)))
+
+
+def test_losses_are_means_over_batch_channels_and_pixels():
+    x, u, t, eps = a_step()
+    terms = losses(stub(unet=lambda x_t, t, z: torch.full_like(x_t, 0.5)), x, u, t, eps)
+    values = 4 * 3 * 16 * 16
+    assert terms["rec"].item() == pytest.approx((x.numpy() ** 2).sum() / values, rel=1e-5)
+    assert terms["ddpm"].item() == pytest.approx(((0.5 - eps.numpy()) ** 2).sum() / values, rel=1e-5)
+    mu = x.mean(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0]
+    kl = kl_divergence(Normal(mu, math.exp(-30)), Normal(u, 1.0)).sum() / 4
+    assert terms["kl"].item() == pytest.approx(kl.item(), rel=1e-5)
+    assert all(term.shape == () and term.dtype == torch.float32 for term in terms.values())
+
+
+def test_networks_receive_the_noised_images_their_times_and_their_latents():
+    x, u, t, eps = a_step()
+    alpha = (-0.5 * (0.1 * t + 0.5 * 19.9 * t ** 2)).exp()             # exp(-1/2 integral of beta)
+    seen = []
+    losses(stub(unet=lambda *inputs: seen.extend(inputs) or 0 * inputs[0]), x, u, t[:2], eps[:2])
+    x_t = alpha[:2, None, None, None] * x[:2] + (1 - alpha[:2] ** 2).sqrt()[:, None, None, None] * eps[:2]
+    torch.testing.assert_close(seen[0], x_t, atol=1e-5, rtol=1e-5)
+    assert torch.equal(seen[1], t[:2])
+    torch.testing.assert_close(seen[2], x[:2].mean(dim=(1, 2, 3))[:, None].expand(2, 3))
+
+
+def test_latent_is_drawn_with_the_encoders_own_mean_and_variance():
+    model = stub(decoder=lambda z: seen.append(z) or torch.zeros(len(z), 3, 16, 16))
+    model.encoder = lambda x: (torch.full((len(x), 3), 2.0), torch.full((len(x), 3), math.log(0.25)))
+    seen = []
+    torch.manual_seed(0)
+    losses(model, torch.zeros(3000, 3, 16, 16), torch.zeros(3000, 3), torch.zeros(0), torch.zeros(0))
+    assert seen[0].mean().item() == pytest.approx(2, abs=0.03)
+    assert seen[0].std().item() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("weight", ["eps", "v"])
+def test_a_perfect_v_network_has_no_loss_and_knows_the_noise(weight):
+    x, u, t, eps = a_step()
+    alpha = VPSDE().alpha(t).view(-1, 1, 1, 1)
+    sigma = (1 - alpha ** 2).sqrt()
+
+    class Perfect(nn.Module):
+        def forward(self, x_t, t, z):
+            return alpha * eps - sigma * x
+
+    assert losses(stub("v", weight, Perfect()), x, u, t, eps)["ddpm"] < 1e-9
+    model = small_model(predict="v")
+    model.unet = Perfect()
+    eps_hat = model.eps_fn(torch.zeros(4, 4))(alpha * x + sigma * eps, t)
+    torch.testing.assert_close(eps_hat, eps, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("predict", ["eps", "v"])
+@pytest.mark.parametrize("weight", ["eps", "v"])
+def test_error_of_v_is_error_of_the_noise_over_alpha(predict, weight):
+    x, u, t, eps = a_step()
+    alpha = VPSDE().alpha(t).view(-1, 1, 1, 1)
+    sigma = (1 - alpha ** 2).sqrt()
+    target = eps if predict == "eps" else alpha * eps - sigma * x
+
+    def off_by_a_tenth(x_t, t, z):
+        return target + 0.1
+    power = {"eps": {"eps": 0, "v": -1}, "v": {"eps": 1, "v": 0}}[predict][weight]
+    expected = (0.1 * alpha ** power).square().mean()
+    got = losses(stub(predict, weight, off_by_a_tenth), x, u, t, eps)["ddpm"]
+    assert got.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_eps_network_is_itself_the_noise_estimate():
+    model, x, t = small_model(predict="eps"), images(2), torch.tensor([0.2, 0.7])
+    z = torch.ones(2, 4)
+    assert torch.equal(model.eps_fn(z)(x, t), model.unet(x, t, z))
+
+
+# ---- the point of u: a code that it identifies ----
+
+
+def mixed_data():
+    """16x16 images of two factors that a plain VAE finds rotated by 45 degrees.
+
+    Pixels are smooth functions of the sum and, more weakly, of the difference of the factors.
+    """
+    weights = torch.randn(2, 256, generator=rng(5)) / 2
+    g = torch.linspace(-1, 1, 9)
+
+    def render(rows):
+        first, second = g[rows // 9], g[rows % 9]
+        mixed = torch.stack([1.0 * (first + second), 0.6 * (first - second)], dim=1)
+        return torch.tanh(mixed @ weights).view(-1, 1, 16, 16)
+    return Data("mixed", {"a": 9, "b": 9}, (1, 16, 16), render, torch.device("cpu"))
+
+
+def train_ivae(shuffle, steps=300):
+    """Codes (81, 2) of all mixed images after a short training; u shuffled over the batch or not."""
+    torch.manual_seed(0)
+    data, generator = mixed_data(), rng(1)
+    model = IDiff(Config(model="ivae", latent_dim=2, n_factors=2, image_size=16, image_channels=1,
+                         width=8))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(steps):
+        rows, u = data.draw(64, generator)
+        u = u[torch.randperm(64)] if shuffle else u
+        terms = losses(model, data.images(rows), u, torch.zeros(0), torch.zeros(0))
+        loss = terms["rec"] + 0.02 * terms["kl"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.encode(data.images(torch.arange(81)))[0].detach().numpy(), data
+
+
+def test_u_makes_the_latents_of_an_ivae_the_factors_and_a_shuffled_u_does_not():
+    from evaluate import mcc, mig
+    codes, data = train_ivae(shuffle=False)
+    factors = data.factors(torch.arange(81)).numpy()
+    assert mcc(codes, factors) > 0.9 and mig(codes, factors) > 0.5
+    for latent in range(2):                                            # latent i is factor i, same sign
+        assert np.corrcoef(codes[:, latent], factors[:, latent])[0, 1] > 0.9
+    codes, _ = train_ivae(shuffle=True)
+    assert mcc(codes, factors) < 0.85 and mig(codes, factors) < 0.3
+
+
+# ---- checkpoints ----
+
+
+def tensors_of(model):
+    return {k: v for k, v in model.state_dict().items()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model, its different average, and the checkpoint of both."""
+    model, ema, path = small_model(), small_model(seed=1), tmp_path / "ckpt.pt"
+    model.info = {"data": "tiny", "versions": {"torch": "2"}}
+    idiff.save_checkpoint(str(path), model, ema, step=7)
+    return model, ema, path
+
+
+def test_checkpoint_gives_back_the_averaged_model_config_and_info(saved):
+    model, ema, path = saved
+    loaded, x = idiff.load_checkpoint(str(path)), images(2)
+    assert loaded.cfg == model.cfg and loaded.info == model.info and not loaded.training
+    assert torch.equal(loaded.encode(x)[0], ema.encode(x)[0])
+    z, start = torch.ones(2, 4), torch.randn(x.shape, generator=rng())
+    assert torch.equal(loaded.decode(z), ema.decode(z))
+    assert torch.equal(loaded.sample(z, start, 3), ema.sample(z, start, 3))
+    assert not torch.equal(loaded.encode(x)[0], model.encode(x)[0])
+    content = idiff.read_checkpoint(str(path))
+    assert content["step"] == 7 and all(torch.equal(content["model"][k], v)
+                                        for k, v in tensors_of(model).items())
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(saved):
+    model, ema, path = saved
+    before = path.read_bytes()
+    with pytest.raises(Exception):
+        idiff.save_checkpoint(str(path), model, ema, step=lambda: 0)   # cannot be pickled
+    assert path.read_bytes() == before
+    idiff.load_checkpoint(str(path))
+
+
+def change(path, **entries):
+    content = torch.load(path, weights_only=True)
+    torch.save(content | entries, path)
+
+
+class Code:
+    """What unpickling this does is leave a file behind."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def spoil(kind, path, trace):
+    """Make of the good checkpoint at path a bad one; trace appears if code in it is run."""
+    if kind == "other format":
+        change(path, format=999)
+    elif kind == "config of another version":
+        change(path, config={"no_such_field": 1})
+    elif kind == "bad value":
+        config = torch.load(path, weights_only=True)["config"]
+        change(path, config={**config, "latent_dim": -4})
+    elif kind == "other weights":
+        change(path, ema=tensors_of(small_model(latent_dim=2)))
+    elif kind == "config not a dict":
+        change(path, config=3)
+    elif kind == "weights not a dict":
+        change(path, ema=3)
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-3000])
+    elif kind == "foreign":
+        torch.save({"state_dict": {}, "epoch": 3}, path)
+    elif kind == "only a tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("hello, I am no checkpoint\n")
+    elif kind == "pickle with code":
+        path.write_bytes(pickle.dumps({"model": Code(str(trace))}))
+    elif kind == "torch file with code":
+        torch.save({"model": Code(str(trace))}, path)
+
+
+@pytest.mark.parametrize("kind", [
+    "other format", "config of another version", "bad value", "other weights", "config not a dict",
+    "weights not a dict", "truncated", "foreign", "only a tensor", "empty", "text",
+    "pickle with code", "torch file with code"])
+def test_bad_checkpoint_gives_one_line_and_runs_no_code(saved, kind, tmp_path):
+    _, _, path = saved
+    spoil(kind, path, tmp_path / "trace")
+    with pytest.raises(ValueError) as error:
+        idiff.load_checkpoint(str(path))
+    assert str(path) in one_line(error)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises((FileNotFoundError, ValueError)) as error:
+            idiff.load_checkpoint(str(path))
+        assert str(path) in one_line(error)
+
+
+# ---- the modulated draw ----
+
+
+def probabilities(size, s, m):
+    """(n, size): chance of each value of a factor given its scale and centre."""
+    g = np.linspace(-1, 1, size)
+    p = np.exp(-0.5 * ((g - m[:, None]) / s[:, None]) ** 2)
+    return p / p.sum(axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def many_draws():
+    """Factor values (n, 2) of the two that vary, their scales and centres, of 200,000 draws."""
+    data = tiny_data()
+    rows, u = data.draw(200_000, rng(), "mean+var", 0.3)
+    s, m = scales_and_centres(u, 0.3, 2)
+    return data.factors(rows)[:, [0, 2]].numpy(), s.numpy(), m.numpy()
+
+
+@pytest.mark.parametrize("factor, size", [(0, 5), (1, 3)])
+def test_drawn_values_follow_their_scale_and_centre(many_draws, factor, size):
+    values, s, m = (h[:, factor] for h in many_draws)
+    p = probabilities(size, s.astype(float), m.astype(float))          # (n, size)
+    hit = np.eye(size)[values]
+    bins = np.digitize(s, [0.4, 0.55, 0.75]) * 4 + np.digitize(m, [-0.5, 0, 0.5])
+    for b in range(16):                                                # nearly fixed u
+        inside = bins == b
+        excess = (hit - p)[inside].sum(axis=0)
+        spread = np.sqrt((p * (1 - p))[inside].sum(axis=0))
+        assert inside.sum() > 1000 and np.abs(excess / spread).max() < 4.5
+
+
+def test_u_is_uniform_over_its_range_and_its_entries_are_independent():
+    u = tiny_data().draw(100_000, rng(), "mean+var", 0.3)[1].numpy()
+    assert u.shape == (100_000, 4) and u.min() >= -1 and u.max() <= 1
+    counts = np.stack([np.histogram(column, 10, (-1, 1))[0] for column in u.T])
+    assert np.abs(counts - 10_000).max() < 5 * math.sqrt(9_000)
+    assert np.abs(np.corrcoef(u.T) - np.eye(4)).max() < 0.02
+
+
+def test_factors_are_drawn_independently(many_draws):
+    values, s, m = many_draws
+    grids = [np.linspace(-1, 1, size) for size in (5, 3)]
+    g = np.stack([grids[k][values[:, k]] for k in range(2)], axis=1)
+    surprise = np.stack([g[:, k] - probabilities(n, s[:, k], m[:, k]) @ grids[k]
+                         for k, n in enumerate((5, 3))], axis=1)
+    assert abs(np.corrcoef(g.T)[0, 1]) < 0.012
+    for k in range(2):                                                 # nor of the other's s and m
+        other = (m[:, 1 - k], s[:, 1 - k], surprise[:, 1 - k])
+        assert max(abs(np.corrcoef(surprise[:, k], h)[0, 1]) for h in other) < 0.012
+
+
+def test_draw_of_variances_alone_is_centred():
+    data = tiny_data(sizes=(5, 3))
+    rows, u = data.draw(100_000, rng(), "var", 0.3)
+    assert u.shape == (100_000, 2)
+    s = np.exp(math.log(0.3) / 2 * (1 - u.numpy()))
+    for k, size in enumerate((5, 3)):
+        values = data.factors(rows)[:, k].numpy()
+        narrow = s[:, k] < 0.45
+        p = probabilities(size, s[narrow, k], np.zeros(narrow.sum()))
+        spread = np.sqrt((p * (1 - p)).sum(axis=0))
+        excess = np.bincount(values[narrow], minlength=size) - p.sum(axis=0)
+        assert np.abs(excess / spread).max() < 4.5
+
+
+def test_draws_repeat_with_their_seed_and_leave_the_global_state_alone(shapes3d):
+    state = torch.get_rng_state()
+    first, second, other = (shapes3d.draw(64, rng(seed)) for seed in (3, 3, 4))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert not torch.equal(first[1], other[1]) and not torch.equal(first[0], other[0])
+
+
+# ---- rows and factors ----
+
+
+@pytest.mark.parametrize("name", ["SHAPES3D", "DSPRITES"])
+def test_factors_of_rows_are_row_major(name):
+    sizes = getattr(idiff, name)
+    data = Data(name, sizes, (1, 16, 16), None, torch.device("cpu"))
+    rows = torch.randint(len(data), (1000,), generator=rng())
+    expected = np.stack(np.unravel_index(rows.numpy(), tuple(sizes.values())), axis=1)
+    assert len(data) == math.prod(sizes.values())
+    assert np.array_equal(data.factors(rows).numpy(), expected)
+
+
+def test_rows_in_any_order_are_drawn_like_the_full_grid():
+    """A shuffled table of the full grid: the same draws, seen through the shuffle."""
+    grid = tiny_data(sizes=(4, 3, 2))
+    order = torch.randperm(24, generator=rng(1))
+    table = tiny_data(grid.factors(order), sizes=(4, 3, 2))
+    counts = [np.bincount((data.factors(data.draw(60_000, rng(2))[0]).numpy() @ [6, 2, 1]),
+                          minlength=24) for data in (grid, table)]
+    assert np.abs(counts[0] - counts[1]).max() < 5 * math.sqrt(2 * counts[0].max())
+
+
+def test_draw_from_an_incomplete_grid_reaches_all_rows_and_only_those():
+    whole = np.stack(np.unravel_index(np.arange(24), (4, 3, 2)), axis=1)
+    kept = whole[[23, 2, 7, 11, 0, 16, 5]]
+    factors = torch.from_numpy(np.concatenate([kept, kept[:2], kept[:1]]))  # with duplicates
+    data = tiny_data(factors, sizes=(4, 3, 2))
+    rows, u = data.draw(20_000, rng())
+    counts = torch.bincount(rows, minlength=len(factors))
+    assert len(data) == len(counts) == 10 and counts.min() > 0
+    assert torch.equal(data.factors(rows), factors[rows])
+    same = counts[[0, 7, 9]].double()                                  # one row three times
+    assert (same - same.mean()).abs().max() < 5 * same.mean().sqrt()
+    assert u.shape == (20_000, 6)
+
+
+def test_draw_from_an_incomplete_grid_follows_u_where_it_can():
+    """With one varying factor the draw is the full grid's, renormalised over what exists."""
+    factors = torch.tensor([[0], [4], [1]])                            # of five values, two missing
+    rows, u = tiny_data(factors, sizes=(5,)).draw(100_000, rng())
+    s, m = scales_and_centres(u, 0.3, 1)
+    p = probabilities(5, s[:, 0].numpy(), m[:, 0].numpy())[:, [0, 4, 1]]
+    p /= p.sum(axis=1, keepdims=True)
+    excess = np.bincount(rows.numpy(), minlength=3) - p.sum(axis=0)
+    assert np.abs(excess / np.sqrt((p * (1 - p)).sum(axis=0))).max() < 4.5
+
+
+# ---- embedded replicas ----
+
+
+def row(*factors):
+    return torch.tensor([np.ravel_multi_index(factors, (10, 10, 10, 8, 4, 15))])
+
+
+def shown(data, factor, base=(0, 3, 6, 4, 1, 7)):
+    """(64, 64) bool: the pixels that a change of this hue changes, where its surface is seen."""
+    moved = list(base)
+    moved[factor] = (moved[factor] + 5) % 10
+    return (data.images(row(*base)) != data.images(row(*moved)))[0].any(dim=0)
+
+
+def test_shapes3d_images_are_images(shapes3d):
+    rows, u = shapes3d.draw(32, rng())
+    x = shapes3d.images(rows)
+    assert x.shape == (32, 3, 64, 64) and x.dtype == torch.float32 and u.shape == (32, 12)
+    assert x.min() >= -1 and x.max() <= 1 and x.std() > 0.2
+    assert len(shapes3d) == 480_000 and "replica" in shapes3d.name
+    assert tuple(shapes3d.factor_sizes) == (10, 10, 10, 8, 4, 15)
+
+
+def test_shapes3d_changes_with_every_value_of_every_factor(shapes3d):
+    base = [2, 5, 8, 3, 2, 6]
+    for k, size in enumerate(shapes3d.factor_sizes):
+        rows = torch.cat([row(*base[:k], v, *base[k + 1:]) for v in range(size)])
+        assert len(shapes3d.images(rows).flatten(1).unique(dim=0)) == size
+
+
+def test_shapes3d_geometries_all_differ(shapes3d):
+    x = shapes3d.images(torch.arange(480))
+    assert len(x.flatten(1).unique(dim=0)) == 480
+
+
+def test_shapes3d_hues_colour_the_floor_the_walls_and_the_object_alone(shapes3d):
+    floor, wall, thing = (shown(shapes3d, k) for k in range(3))
+    assert floor[-1].all() and not floor[:10].any()                    # floor below, walls above
+    assert wall[0].all() and not wall[-1].any()
+    assert thing[20:50, 24:40].any() and not (thing[0].any() or thing[:, 0].any())
+    assert (floor | wall | thing).float().mean() > 0.97
+    for a, b in ((floor, wall), (floor, thing), (wall, thing)):        # they meet in edge pixels
+        assert (a & b).float().mean() < 0.06
+
+
+@pytest.mark.parametrize("shape", range(4))
+def test_shapes3d_objects_grow_with_scale_and_stay_inside(shapes3d, shape):
+    seen = [shown(shapes3d, 2, (0, 3, 6, scale, shape, 7)) for scale in range(8)]
+    areas = [h.sum().item() for h in seen]
+    assert areas == sorted(areas) and areas[0] > 100 and areas[-1] > 1.5 * areas[0]
+    assert not any(h[0].any() or h[-1].any() or h[:, 0].any() or h[:, -1].any() for h in seen)
+
+
+@pytest.fixture(scope="module")
+def dsprites():
+    return idiff.load_data("dsprites")
+
+
+def sprites(data, *factors):
+    rows = torch.tensor([np.ravel_multi_index(f, (1, 3, 6, 40, 32, 32)) for f in factors])
+    return data.images(rows)
+
+
+def test_dsprites_images_are_binary(dsprites):
+    rows, u = dsprites.draw(64, rng())
+    x = dsprites.images(rows)
+    assert x.shape == (64, 1, 64, 64) and set(x.unique().tolist()) == {-1.0, 1.0}
+    assert u.shape == (64, 10) and len(dsprites) == 737_280 and "replica" in dsprites.name
+
+
+def test_dsprites_moves_by_whole_pixels(dsprites):
+    for shape in range(3):
+        x = sprites(dsprites, (0, shape, 3, 5, 10, 20), (0, shape, 3, 5, 11, 20),
+                    (0, shape, 3, 5, 10, 21))
+        assert torch.equal(x[1], x[0].roll(1, dims=2)) and torch.equal(x[2], x[0].roll(1, dims=1))
+
+
+def test_dsprites_grow_with_scale_and_turn_once_around(dsprites):
+    for shape in range(3):
+        areas = [(sprites(dsprites, (0, shape, scale, 3, 16, 16)) > 0).sum() for scale in range(6)]
+        assert areas == sorted(areas) and areas[-1] > 2 * areas[0] > 0
+        turned = sprites(dsprites, *((0, shape, 5, turn, 16, 16) for turn in range(40)))
+        assert torch.equal(turned[0], turned[39]) and not torch.equal(turned[0], turned[3])
+        areas = (turned > 0).flatten(1).sum(dim=1).float()
+        assert areas.max() < 1.1 * areas.min()
+
+
+def test_dsprites_never_leave_the_image(dsprites):
+    corners = [(0, shape, 5, turn, x, y) for shape in range(3) for turn in range(40)
+               for x in (0, 31) for y in (0, 31)]
+    x = sprites(dsprites, *corners) > 0
+    area = x.flatten(1).sum(dim=1)
+    centre = sprites(dsprites, *((0, s, 5, t, 16, 16) for _, s, _, t, _, _ in corners)) > 0
+    assert torch.equal(area, centre.flatten(1).sum(dim=1))
+
+
+# ---- files ----
+
+
+def numbered_images(n, channels=3, side=16):
+    """(n, side, side, channels) uint8, every one different."""
+    return np.random.default_rng(0).integers(0, 256, (n, side, side, channels), dtype=np.uint8)
+
+
+def check_images(data, images):
+    """data.images are these uint8 images, mapped from 0..255 to -1..1, channels first."""
+    rows = torch.arange(len(images)).flip(0)
+    expected = images[::-1].transpose(0, 3, 1, 2) / 255 * 2 - 1
+    torch.testing.assert_close(data.images(rows).numpy(), expected.astype(np.float32),
+                               atol=1e-6, rtol=0)
+    assert data.image_shape == expected.shape[1:]
+
+
+def write_h5(path, images, labels):
+    import h5py
+    with h5py.File(path, "w") as file:
+        file.create_dataset("images", data=images, compression="gzip", chunks=(4, *images.shape[1:]))
+        file.create_dataset("labels", data=labels)
+
+
+def test_h5_file_with_the_real_layout(tmp_path):
+    """Keys, types, compression and row order of 3dshapes.h5, on a coarser grid of its labels."""
+    values = [np.linspace(0, 0.9, 2), np.linspace(0, 0.9, 3), np.linspace(0, 0.9, 2),
+              np.linspace(0.75, 1.25, 3), np.arange(4.0), np.linspace(-30, 30, 2)]
+    labels = np.stack(np.meshgrid(*values, indexing="ij"), axis=-1).reshape(-1, 6)
+    images = numbered_images(len(labels))
+    write_h5(tmp_path / "3dshapes.h5", images, labels)
+    data = idiff.load_data(str(tmp_path / "3dshapes.h5"))
+    check_images(data, images)
+    assert tuple(data.factor_sizes) == (2, 3, 2, 3, 4, 2) and "replica" not in data.name
+    expected = np.stack(np.unravel_index(np.arange(288), (2, 3, 2, 3, 4, 2)), axis=1)
+    assert np.array_equal(data.factors(torch.arange(288)).numpy(), expected)
+    rows, u = data.draw(5000, rng())
+    assert len(rows.unique()) == 288 and u.shape == (5000, 12)
+
+
+def test_real_3d_shapes_is_recognised_by_its_grid(tmp_path):
+    """All 480,000 rows are too many to write here: one row per value of each factor shows it."""
+    labels = np.stack([np.arange(15) % n for n in (10, 10, 10, 8, 4, 15)], axis=1).astype(float)
+    write_h5(tmp_path / "any name at all", numbered_images(15), labels)
+    data = idiff.load_data(str(tmp_path / "any name at all"))
+    assert list(data.factor_names) == ["floor hue", "wall hue", "object hue", "scale", "shape",
+                                       "orientation"]
+
+
+def test_npz_file_with_the_layout_of_dsprites(tmp_path):
+    classes = np.stack(np.unravel_index(np.arange(72), (1, 3, 2, 3, 2, 2)), axis=1)
+    imgs = np.random.default_rng(0).integers(0, 2, (72, 64, 64), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "dsprites.npz", imgs=imgs, latents_classes=classes,
+                        latents_values=classes.astype(float), metadata=np.zeros(1, np.uint8))
+    data = idiff.load_data(str(tmp_path / "dsprites.npz"))
+    x = data.images(torch.arange(72))
+    assert x.shape == (72, 1, 64, 64) and np.array_equal(x[:, 0].numpy(), imgs * 2.0 - 1)
+    assert np.array_equal(data.factors(torch.arange(72)).numpy(), classes)
+    assert data.draw(5, rng())[1].shape == (5, 10)                     # colour does not vary
+
+
+def test_real_dsprites_with_its_pickled_metadata(tmp_path):
+    """The published file holds a pickled dict beside the arrays; it must not get in the way."""
+    classes = np.stack(np.unravel_index(np.arange(6), (1, 3, 2)), axis=1)
+    imgs = np.ones((6, 64, 64), np.uint8)
+    np.savez(tmp_path / "d.npz", metadata=np.array({"a": 1}, dtype=object), imgs=imgs,
+             latents_classes=classes)
+    assert len(idiff.load_data(str(tmp_path / "d.npz"))) == 6
+
+
+def test_npz_file_of_ones_own_with_an_incomplete_grid(tmp_path):
+    factors = np.array([[10, 0], [30, -2], [20, 0], [10, 5], [30, 5]])  # values need not be 0, 1, …
+    images = numbered_images(5, channels=1, side=32)
+    np.savez(tmp_path / "own.npz", images=images, factors=factors)
+    data = idiff.load_data(str(tmp_path / "own.npz"))
+    check_images(data, images)
+    assert tuple(data.factor_sizes) == (3, 3) and len(data) == 5
+    expected = [[0, 1], [2, 0], [1, 1], [0, 2], [2, 2]]
+    assert data.factors(torch.arange(5)).tolist() == expected
+    assert data.draw(2000, rng())[0].unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_content_of_a_file_decides_not_its_name(tmp_path):
+    images, factors = numbered_images(4), np.arange(4)[:, None]
+    np.savez(tmp_path / "a.npz", images=images, factors=factors)
+    (tmp_path / "a.npz").rename(tmp_path / "a.h5")
+    check_images(idiff.load_data(str(tmp_path / "a.h5")), images)
+
+
+def write_bad(kind, path):
+    images, factors = numbered_images(8), np.arange(8)[:, None]
+    good = dict(images=images, factors=factors)
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not data")
+    elif kind == "npy":
+        with open(path, "wb") as file:
+            np.save(file, images)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(good))
+    elif kind.startswith("h5"):
+        write_h5(path, images, factors.astype(float))
+        content = bytearray(path.read_bytes())
+        if kind == "h5 truncated":
+            content = content[:len(content) // 2]
+        else:
+            middle = len(content) - 2000
+            content[middle:middle + 100] = bytes(100)
+        path.write_bytes(content)
+    else:
+        arrays = {
+            "no images": dict(factors=factors), "no factors": dict(images=images),
+            "float images": good | dict(images=images / 255.0),
+            "flat images": good | dict(images=images.reshape(8, -1)),
+            "flat factors": good | dict(factors=factors[:, 0]),
+            "fewer factors": good | dict(factors=factors[:5]),
+            "no rows": dict(images=images[:0], factors=factors[:0]),
+            "nan factors": good | dict(factors=np.full((8, 1), np.nan)),
+            "text factors": good | dict(factors=np.array([["a"]] * 8)),
+            "object factors": good | dict(factors=np.array([[None]] * 8)),
+        }.get(kind, good)
+        with open(path, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        content = bytearray(path.read_bytes())
+        if kind == "npz truncated":
+            content = content[:len(content) // 2]
+        if kind == "npz damaged":
+            content[2000:2100] = bytes(100)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", [
+    "empty", "text", "npy", "pickle", "h5 truncated", "h5 damaged", "npz truncated", "npz damaged",
+    "no images", "no factors", "float images", "flat images", "flat factors", "fewer factors",
+    "no rows", "nan factors", "text factors", "object factors"])
+def test_bad_data_file_gives_one_line(tmp_path, kind):
+    path = tmp_path / "bad data"
+    write_bad(kind, path)
+    with pytest.raises(ValueError) as error:
+        idiff.load_data(str(path))
+    assert str(path) in one_line(error)
+
+
+@pytest.mark.parametrize("name", ["no_such.h5", "shapes4d", "."])
+def test_missing_data_is_named(name):
+    with pytest.raises((FileNotFoundError, ValueError)) as error:
+        idiff.load_data(name)
+    assert repr(name) in one_line(error)
+
+
+# ---- the module alone ----
+
+
+ALONE = """
+import sys
+for name in ("h5py", "torchvision", "tqdm", "scipy", "sklearn", "matplotlib", "train", "evaluate"):
+    sys.modules[name] = None                       # importing any of them now fails
+import torch
+from idiff import Config, IDiff, losses
+cfg = Config(image_size=16, n_factors=2, width=8, unet_width=8)
+model = IDiff(cfg)
+optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+x, u, eps = torch.rand(8, 3, 16, 16) * 2 - 1, torch.rand(8, 4) * 2 - 1, torch.randn(8, 3, 16, 16)
+for step in range(20):
+    terms = losses(model, x, u, torch.linspace(0.1, 1, 8), eps)
+    loss = terms["ddpm"] + cfg.rec * terms["rec"] + cfg.kl * terms["kl"]
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    print(loss.item())
+print(model.eval().sample(model.encode(x)[0], eps).shape)
+"""
+
+
+def test_idiff_alone_in_a_folder_trains_with_torch_and_numpy_only(tmp_path):
+    shutil.copy(Path(idiff.__file__), tmp_path)
+    (tmp_path / "script.py").write_text(ALONE)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *values, shape = done.stdout.splitlines()
+    assert float(values[-1]) < float(values[0]) and "8, 3, 16, 16" in shape
