@@ -49,25 +49,26 @@ class Config:
                         ("known", "diagonal", "full"))
     u: str = option("mean+var", "what u modulates of each factor", ("var", "mean+var"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
-    kl: float = option(5e-3, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
+    kl: float = option(1e-3, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
-    kl_start: float = option(9e-2, "KL weight at step 0, from which it falls to --kl; 0 for none")
-    predict: str = option("v", "the U-Net's output: noise, or v = alpha eps - sigma x", ("eps", "v"))
+    kl_mean: float = option(5e-2, "further weight of KL's mean term, which ties mu_q to mu_p")
+    kl_start: float = option(5e-2, "KL weight at step 0, from which it falls to --kl; 0 for none")
+    predict: str = option("v", "U-Net's output: noise, or v = alpha eps - sigma x", ("eps", "v"))
     weight: str = option("v", "denoising error taken of the noise (Eq. 3) or of v", ("eps", "v"))
     width: int = option(32, "channels of encoder and decoder, finest level", least=1)
     unet_width: int = option(48, "channels of the U-Net, finest level", least=8)
     patch: int = option(4, "side in pixels of the space-to-depth stem", (1, 2, 4))
-    batch_size: int = option(256, "images per step", least=1)
-    rec_images: int = option(64, "images of each batch that the decoder sees, 0 for all")
+    batch_size: int = option(64, "images per step", least=1)
+    rec_images: int = option(32, "images of each batch that the decoder sees, 0 for all")
     ddpm_images: int = option(16, "images of each batch that the U-Net sees, 0 for all")
     epochs: float = option(0.5, "length in epochs of 480,000 draws")
     steps: int = option(0, "length in optimiser steps, 0 for what --epochs says")
-    lr: float = option(1.5e-3, "peak learning rate of AdamW")
+    lr: float = option(2e-3, "peak learning rate of AdamW")
     schedule: str = option("cosine", "learning rate after warm-up", ("constant", "cosine"))
     clip: float = option(1.0, "largest norm of the gradient")
-    ema: float = option(0.999, "decay per step of the averaged weights", below=1)
+    ema: float = option(0.998, "decay per step of the averaged weights", below=1)
     precision: str = option("float32", "arithmetic", ("float32", "bfloat16"))
-    seed: int = option(0, "seed of weights, data and noise")
+    seed: int = option(0, "seed of weights, data and noise", below=2**62)
     image_size: int = option(64, "", least=16)
     image_channels: int = option(3, "", least=1)
     n_factors: int = option(6, "", least=1)
@@ -189,9 +190,8 @@ class ResBlock(nn.Module):
 class ScoreUNet(nn.Module):
     """x_t (B, C, H, W), t (B,), z (B, D) -> estimate of the noise, or of v, (B, C, H, W), float32.
 
-    A U-Net on a space-to-depth stem of patch x patch pixels, halved down to image_size / 16;
-    z and t enter every residual block. One convolution over x_t and the upsampled features at
-    full resolution comes last, so that no patch borders show.
+    A U-Net on a space-to-depth stem, halved down to image_size / 16; z and t enter every block.
+    One convolution at full resolution, over x_t too, comes last, so that no patch borders show.
     """
     def __init__(self, cfg):
         super().__init__()
@@ -405,18 +405,21 @@ def kl_loss(mu_q, logvar_q, mu_p, logvar_p):
 
 
 def losses(model, x, u, t, eps):
-    """The terms of Eq. 2, unweighted, as a dict of float32 scalars: ddpm, rec, kl.
+    """The terms of Eq. 2, unweighted, as a dict of float32 scalars: ddpm, rec, kl, kl_mean.
 
     x: (B, C, H, W); u: (B, U); t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all B
     images, the decoder the first cfg.rec_images, the U-Net the first b. "ddpm" (Eq. 3 with
     lambda(t) = sigma^2) is the mean squared error of the noise estimate, or of v under
-    cfg.weight "v"; without a U-Net or without t there is no such term.
+    cfg.weight "v"; without a U-Net or without t there is no such term. "kl_mean" is the part of
+    "kl" that the means make, half the sum of (mu_q - mu_p)^2 / var_p; it is not in the paper.
     """
     mu_q, logvar_q = model.encoder(x)                                  # (B, D) each
     z = mu_q + (0.5 * logvar_q).exp() * torch.randn_like(mu_q)         # (B, D)
+    mu_p, logvar_p = model.prior(u)                                    # (B, D) each
     r = model.cfg.rec_images or len(x)
     terms = {"rec": (model.decoder(z[:r]) - x[:r]).square().mean(),
-             "kl": kl_loss(mu_q, logvar_q, *model.prior(u))}
+             "kl": kl_loss(mu_q, logvar_q, mu_p, logvar_p),
+             "kl_mean": kl_loss(mu_q, logvar_p, mu_p, logvar_p)}
     if model.unet is not None and len(t):
         x, z, v = x[:len(t)], z[:len(t)], model.cfg.predict == "v"
         alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (model.sde.alpha, model.sde.sigma))
@@ -469,6 +472,10 @@ class IDiff(nn.Module):
         steps: sampler steps on a grid uniform in log-SNR; noise: as the stochastic samplers want
         it (see seeded_noise). The last step to t = 0 is the mean of x_0.
         """
+        if sampler not in SAMPLERS or z.shape != (len(start), self.cfg.latent_dim):
+            raise ValueError(f"needs a sampler of {', '.join(SAMPLERS)} and z of shape "
+                             f"({len(start)}, {self.cfg.latent_dim}), got {sampler!r} and "
+                             f"{tuple(z.shape)}.")
         eps_fn, ts = self.eps_fn(z), time_grid(steps, self.sde).to(start)
         x = SAMPLERS[sampler](eps_fn, start, ts, self.sde, noise)
         return x0_from_eps(x, eps_fn(x, ts[-1].expand(len(x))), ts[-1], self.sde).clamp(-1, 1)
@@ -517,7 +524,7 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(content["ema"])
     except (TypeError, RuntimeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{path}' does not fit this version of the program: "
-                         f"{str(error).splitlines()[0]}") from None
+                         f"{' '.join(str(error).split())[:200]}") from None
     model.info = content["info"]
     return model.to(device).eval().requires_grad_(False)
 
@@ -592,10 +599,9 @@ def render_object(eye, ray, shape):
 
 
 def render_shapes3d(size=64, device="cpu"):
-    """Shade of floor, walls and object, and white light, of the 480 geometries, in [0, 255].
+    """Shade of floor, walls and object, and white light, (480, 4, size, size) uint8.
 
-    (480, 4, size, size) uint8; geometries are 8 scales, 4 shapes and 15 orientations, row-major.
-    Sphere tracing (Hart 1996) with 2x2 samples per pixel.
+    480 geometries: 8 scales, 4 shapes, 15 orientations, row-major. Sphere tracing (Hart 1996).
     """
     eyes, rays = camera_rays(torch.linspace(-30, 30, 15).deg2rad(), 2 * size)
     point, on_floor, room = render_room(eyes, rays)
@@ -728,10 +734,11 @@ def load_dsprites(device):
 
 def check_memory(path, need, device):
     """MemoryError in one line if need bytes do not fit on the device, where the system tells."""
-    free = math.inf
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-    elif os.path.exists("/proc/meminfo"):
+    elif not os.path.exists("/proc/meminfo"):
+        return
+    else:
         with open("/proc/meminfo") as file:
             free = next(1024 * int(line.split()[1]) for line in file if "MemAvailable" in line)
     if need > 0.9 * free:
@@ -785,9 +792,8 @@ def load_file(path, device, progress):
 def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs: iterable):
     """The Data of a name ("shapes3d", "dsprites": embedded replicas) or of an .h5 or .npz file.
 
-    Files: the real 3dshapes.h5, the real dSprites .npz, or images (N, H, W, C) uint8 and factors
-    (N, K) of one's own. progress: a wrapper of iterables such as tqdm. Raises FileNotFoundError,
-    ValueError or MemoryError with one line.
+    Files: the real 3dshapes.h5, the real dSprites .npz, or one's own images (N, H, W, C) uint8 and
+    factors (N, K). progress: wraps iterables, as tqdm. FileNotFoundError, ValueError, MemoryError.
     """
     device = torch.device(device)
     if name in ("shapes3d", "dsprites"):
@@ -797,8 +803,10 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
                                 "of an .h5 or .npz file.")
     try:
         return load_file(name, device, progress)
-    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"'{name}' cannot be used as data: {str(error).splitlines()[0]}") from None
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile,
+            zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"'{name}' cannot be used as data: {reason}") from None
 
 
 def image_grid(images, columns):
@@ -806,7 +814,7 @@ def image_grid(images, columns):
     try:
         from torchvision.utils import make_grid
     except (ImportError, RuntimeError) as error:
-        raise ImportError(f"no picture drawn, torchvision cannot be imported: {error}. Install torch "
-                          "and torchvision together, as a matching pair.") from None
+        raise ImportError(f"no picture drawn, torchvision cannot be imported: {error}. Install it "
+                          "together with torch, as a matching pair.") from None
     grid = make_grid(images.float().cpu() / 2 + 0.5, columns, padding=2, pad_value=1)
     return (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

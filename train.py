@@ -29,8 +29,9 @@ EPOCH = 480_000                                    # draws, the size of 3D Shape
 SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, batch_size=128, rec_images=0,
                       ddpm_images=0, epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
-PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_start=0.0, predict="eps",
-             weight="eps", batch_size=32, rec_images=0, lr=2e-4, schedule="constant")
+PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_start=0.0, kl_mean=0.0,
+             predict="eps", weight="eps", batch_size=32, rec_images=0, lr=2e-4,
+             schedule="constant")
 
 
 def build_parser():
@@ -66,11 +67,14 @@ def pick_device(name):
     """The torch.device of --device; ValueError in one line if it is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not one of cpu, cuda, mps")
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}. "
                          "Try --device cpu.") from None
-    return torch.device(name)
+    return device
 
 
 def make_config(args, data):
@@ -143,12 +147,13 @@ def draw_batch(cfg, data, generator):
 
 
 def train_step(cfg, model, ema, optimizer, batch, step):
-    """One optimiser step on Eq. 2; returns its terms and the norm of the gradient."""
+    """One optimiser step on Eq. 2 (and kl_mean); returns the terms and the gradient's norm."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
         terms = losses(model, *batch)
-    loss = terms.get("ddpm", 0) + cfg.rec * terms["rec"] + kl_weight(cfg, step) * terms["kl"]
+    loss = (terms.get("ddpm", 0) + cfg.rec * terms["rec"] + kl_weight(cfg, step) * terms["kl"]
+            + cfg.kl_mean * terms["kl_mean"])
     optimizer.zero_grad()
     loss.backward()
     norm = clip_grad_norm_(model.parameters(), cfg.clip)
@@ -240,9 +245,8 @@ def validate(cfg, model, data, n=4096, size=256):
     return {"elbo": nats - sums["kl"], **sums}
 
 
-def describe(cfg, args, data, device, seconds):
+def describe(cfg, args, data, device, model, seconds):
     """The first line: what runs, on what, and what it will cost."""
-    model = IDiff(cfg)
     counts = {name: sum(p.numel() for p in part.parameters()) / 1e6
               for name, part in model.named_children()}
     method = "paper" if args.paper else "recipe"
@@ -272,7 +276,7 @@ def provenance(args, data):
                              "--short", "HEAD"], capture_output=True, text=True)
     return {"data": data.name, "data_arg": args.data, "commit": commit.stdout.strip() or "unknown",
             "size": args.size, "method": "paper" if args.paper else "recipe",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                          "numpy": np.__version__}}
 
 
@@ -337,37 +341,46 @@ def finish(cfg, data, out, ema):
     print(f"Next:\n  python evaluate.py {out}/ckpt.pt\n  python interpolate.py {out}/ckpt.pt")
 
 
+def resume(args, device):
+    """The content of --resume's checkpoint; sets the arguments that the run was started with."""
+    content = read_checkpoint(args.resume, device)
+    if any(hasattr(args, f.name) for f in fields(Config)) or args.out or args.paper or args.size:
+        raise ValueError("--resume goes on with the run as it was: leave out --out, --size, "
+                         "--paper and every flag that changes the numbers.")
+    if "optimizer" not in content or "data_arg" not in content["info"]:
+        raise ValueError(f"'{args.resume}' holds a model but no training state to resume.")
+    args.data, args.size = content["info"]["data_arg"], content["info"]["size"]
+    args.paper = content["info"]["method"] == "paper"
+    return content
+
+
 def prepare(args):
     """Everything that reads the user's input: config, data, folder, model, first step."""
-    device = pick_device(args.device)
     for name in ("save_every", "log_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got "
                              f"{getattr(args, name)}.")
-    content = read_checkpoint(args.resume, device) if args.resume else None
-    if content is not None:
-        cfg, args.data = Config(**content["config"]), content["info"]["data_arg"]
-        args.size, args.paper = content["info"]["size"], content["info"]["method"] == "paper"
-        data, out = load_data(args.data, device, tqdm), os.path.dirname(args.resume) or "."
-    else:
-        args.size = args.size or ("full" if device.type == "cuda" else "small")
-        data = load_data(args.data, device, tqdm)
-        cfg = make_config(args, data)
-        out = make_folder(args, cfg)
+    device = pick_device(args.device)
+    content = resume(args, device) if args.resume else None
+    args.size = args.size or ("full" if device.type == "cuda" else "small")
+    data = load_data(args.data, device, tqdm)
+    cfg = Config(**content["config"]) if content else make_config(args, data)
+    out = (os.path.dirname(args.resume) or ".") if content else make_folder(args, cfg)
     seconds = step_seconds(cfg, data, device) * cfg.steps
     parts = build(cfg, device)
-    first_step = restore(content, *parts) if content else 0
     parts[0].info = content["info"] if content else provenance(args, data)
+    first_step = restore(content, *parts) if content else 0
     trim_log(out, first_step, cfg)
-    print(describe(cfg, args, data, device, seconds), flush=True)
+    print(describe(cfg, args, data, device, parts[0], seconds), flush=True)
     return cfg, data, out, parts, first_step
 
 
 def trim_log(out, first_step, cfg):
     """Keep of log.jsonl the config and the lines up to first_step."""
-    path = os.path.join(out, "log.jsonl")
-    with open(path) as log:
-        lines = [line for line in log if line.endswith("\n")]
+    path, lines = os.path.join(out, "log.jsonl"), []
+    if os.path.exists(path):
+        with open(path) as log:
+            lines = [line for line in log if line.endswith("\n")]
     kept = [line for line in lines if json.loads(line).get("step", first_step + 1) <= first_step]
     with open(path, "w") as log:
         log.write(json.dumps({"config": asdict(cfg)}) + "\n" + "".join(kept))

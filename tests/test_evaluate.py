@@ -110,13 +110,13 @@ def test_tables_of_many_checkpoints(runs, tmp_path, capsys):
     text = (runs[0].parents[1] / "tables.md").read_text()
     assert text in capsys.readouterr().out
     assert "Table 2" in text and "iVAE + DDPM, n = 3" in text and "0.16 ± 0.10 / 0.39" in text
-    assert "Table 3" in text and "3 seeds" in text and "0.26 ± 0.09 / 0.34" in text
+    assert "Table 3" in text and "all seeds, n = 3" in text and "0.26 ± 0.09 / 0.34" in text
     scores = [json.loads(path.with_name("metrics.json").read_text())["metrics"]["mig"]
               for path in runs[2:]]
     expected = f"{np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f} / {max(scores):.2f}"
     assert re.search(rf"discrete MIG .*{expected}", text)
     tables = json.loads((runs[0].parents[1] / "tables.json").read_text())
-    assert tables["models"]["idiff"]["mig"] == pytest.approx(
+    assert tables["Table 2, mean ± std / max by model"]["iVAE + DDPM"]["mig"] == pytest.approx(
         [np.mean(scores), np.std(scores, ddof=1), max(scores)])
     evaluate.main([*map(str, runs[:2]), "--n", "100", "--no-dci", "--out", str(tmp_path)])
     assert "Table 3" not in (tmp_path / "tables.md").read_text()
@@ -164,7 +164,7 @@ def test_bad_file_is_one_clear_line(tmp_path, name, content, message):
     (np.zeros((40, 2)), np.arange(80).reshape(40, 2) % 4),               # all latents dead
     (np.arange(40.)[:, None], np.arange(40)[:, None] % 4),               # one latent, one factor
     (np.arange(80.).reshape(40, 2), np.ones((40, 2), int)),              # no factor varies
-    (np.arange(40.)[:, None], np.arange(120).reshape(40, 3) % 5),        # fewer latents than factors
+    (np.arange(40.)[:, None], np.arange(120).reshape(40, 3) % 5),        # fewer latents
     (0.5 + np.arange(80, dtype=np.float32).reshape(40, 2) * 1e-9, np.arange(80).reshape(40, 2) % 3),
     (np.arange(6.).reshape(3, 2), np.array([[0, 1], [1, 0], [1, 1]])),   # three rows
 ], ids=("dead", "one", "constant", "few", "collapsed", "rows"))

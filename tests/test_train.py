@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: MIT
+"""train.py as a user runs it, on tiny images and models.
+
+    python -m pytest tests/test_train.py
+    python -m pytest tests/test_train.py -k resume
+"""
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import ROOT, TINY
+from idiff import load_checkpoint, read_checkpoint, save_checkpoint
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def steps_of(out):
+    return [record for record in log_of(out) if "step" in record]
+
+
+def config_of(out):
+    return log_of(out)[0]["config"]
+
+
+def refusal(argv, capsys):
+    """What the user reads when main(argv) ends at once: one line, beside argparse's usage."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        train.main(argv)
+    shown = capsys.readouterr().err.splitlines()
+    text = end.value.code
+    if not isinstance(text, str):                                      # argparse prints, exits by 2
+        assert text == 2 and shown[0].startswith("usage") and len(shown) == 2
+        text = shown[-1]
+    assert len(text) > 10 and "\n" not in text
+    return text
+
+
+def same(a, b):
+    """Whether two nested dicts and lists of tensors and numbers are equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# ---- a run ----
+
+
+def test_run_leaves_a_model_a_log_and_pictures(tiny_run):
+    first, *_ = log_of(tiny_run)
+    assert first["config"]["width"] == 8 and first["config"]["n_factors"] == 3
+    records = steps_of(tiny_run)
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert all(math.isfinite(r[k]) for r in records for k in ("ddpm", "rec", "kl"))
+    for name in ("losses.png", "samples.png"):
+        assert (tiny_run / name).read_bytes()[:4] == b"\x89PNG"
+    model = load_checkpoint(str(tiny_run / "ckpt.pt"))
+    assert model.cfg.image_size == 16 and model.cfg.latent_dim == 3
+    assert "blocks.npz" in model.info["data"]
+    assert not list(tiny_run.glob("*.partial"))
+
+
+def test_run_says_first_what_it_does_and_last_what_comes_next(tiny_npz, tmp_path, capsys):
+    train.main([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(tmp_path / "run")])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(word in lines[0] for word in ("cpu", "small", "blocks.npz", "parameters"))
+    for line, script in zip(lines[-2:], ("evaluate.py", "interpolate.py")):
+        _, name, path = line.split()
+        assert name == script and Path(path).is_file()
+
+
+def test_runs_without_out_get_folders_of_their_own(tiny_npz, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train.main([*TINY, "--data", tiny_npz, "--steps", "1"])
+    runs = list((tmp_path / "runs").iterdir())
+    assert len(runs) == 2 and all((run / "ckpt.pt").is_file() for run in runs)
+
+
+@pytest.mark.parametrize("kind", ["vae", "ivae"])
+def test_models_without_a_unet_train(tiny_npz, tmp_path, kind):
+    train.main([*TINY, "--data", tiny_npz, "--model", kind, "--steps", "4", "--out", str(tmp_path),
+                "--log-every", "3"])
+    records = steps_of(tmp_path)
+    assert [r["step"] for r in records] == [3, 4]                      # every third, and the last
+    assert all("ddpm" not in r and math.isfinite(r["rec"]) for r in records)
+    assert load_checkpoint(str(tmp_path / "ckpt.pt")).unet is None
+    assert (tmp_path / "samples.png").is_file()
+
+
+def test_seed_decides_the_run(tiny_npz, tiny_run, tmp_path):
+    """The tiny run again gives its losses again; another seed does not."""
+    for seed in ("0", "1"):
+        train.main([*TINY, "--data", tiny_npz, "--steps", "4", "--seed", seed,
+                    "--out", str(tmp_path / seed)])
+    rec = {run: [r["rec"] for r in steps_of(run)]
+           for run in (tiny_run, tmp_path / "0", tmp_path / "1")}
+    assert rec[tmp_path / "0"] == rec[tiny_run] != rec[tmp_path / "1"]
+
+
+def test_a_loss_of_weight_zero_trains_nothing(tiny_npz, tmp_path):
+    """Eq. 2: rec trains the decoder, KL the prior, and each weight turns its own term off."""
+    only = "--kl-start 0 --kl-mean 0 --model ivae --prior full --schedule constant"
+    weights = {}
+    for name, flags in {"rec": "--rec 1 --kl 0", "kl": "--rec 0 --kl 1"}.items():
+        for steps in ("1", "2"):
+            out = tmp_path / (name + steps)
+            train.main([*TINY, "--data", tiny_npz, *flags.split(), *only.split(), "--steps", steps,
+                        "--out", str(out)])
+            weights[name + steps] = read_checkpoint(str(out / "ckpt.pt"))["model"]
+
+    def moved(name):
+        first, second = weights[name + "1"], weights[name + "2"]
+        return {k.split(".")[0] for k in first if not torch.equal(first[k], second[k])}
+    assert moved("rec") == {"encoder", "decoder"} and moved("kl") == {"encoder", "prior"}
+
+
+def test_kl_weight_falls_from_start_to_kl(tiny_npz, tmp_path):
+    train.main([*TINY, "--data", tiny_npz, "--kl-start", "0.5", "--kl", "0.005", "--steps", "10",
+                "--model", "vae", "--out", str(tmp_path)])
+    kl = np.array([r["kl weight"] for r in steps_of(tmp_path)])
+    falls = kl[:-1] > kl[-1]
+    assert kl[[0, -1]] == pytest.approx([0.5, 0.005]) and (np.diff(kl) <= 0).all()
+    ratios = (kl[1:] / kl[:-1])[falls]
+    assert ratios == pytest.approx(ratios[0])                          # geometrically
+
+
+def test_average_without_memory_is_the_model_itself(tiny_npz, tiny_run, tmp_path):
+    train.main([*TINY, "--data", tiny_npz, "--steps", "3", "--ema", "0", "--out", str(tmp_path)])
+    content = read_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert same(dict(content["model"]), dict(content["ema"]))
+    content = read_checkpoint(str(tiny_run / "ckpt.pt"))
+    assert not same(dict(content["model"]), dict(content["ema"]))
+
+
+# ---- which method ----
+
+
+def test_paper_beats_size_and_flags_beat_both(tiny_npz, tmp_path):
+    train.main(["--paper", "--size", "full", "--data", tiny_npz, "--device", "cpu", "--steps", "2",
+                "--width", "8", "--unet-width", "8", "--lr", "1e-3", "--precision", "float32",
+                "--log-every", "1", "--out", str(tmp_path)])
+    cfg = config_of(tmp_path)
+    paper = dict(kl=5e-4, rec=0.1, u="var", prior="full", kl_start=0.0, kl_mean=0.0,
+                 latent_dim=10, batch_size=32, predict="eps", weight="eps")
+    assert {k: cfg[k] for k in paper} == paper
+    assert (cfg["width"], cfg["unet_width"], cfg["lr"], cfg["steps"]) == (8, 8, 1e-3, 2)
+    assert {r["kl weight"] for r in steps_of(tmp_path)} == {5e-4}
+    assert load_checkpoint(str(tmp_path / "ckpt.pt")).info["method"] == "paper"
+
+
+def test_kl_and_rec_change_the_recipes_weights_and_nothing_else(tiny_npz, tmp_path):
+    for name, flags in {"bare": [], "weights": ["--kl", "5e-4", "--rec", "0.1"]}.items():
+        train.main([*TINY, "--data", tiny_npz, "--steps", "1", *flags,
+                    "--out", str(tmp_path / name)])
+    bare, weights = config_of(tmp_path / "bare"), config_of(tmp_path / "weights")
+    assert weights == bare | {"kl": 5e-4, "rec": 0.1}
+
+
+def test_help_is_short_and_no_switch_is_on_by_default():
+    parser = train.build_parser()
+    assert len(parser.format_help().splitlines()) < 80
+    assert not any(value is True for value in vars(parser.parse_args([])).values())
+
+
+# ---- stop and resume ----
+
+
+@pytest.fixture
+def stopped(tiny_npz, tmp_path, monkeypatch):
+    """A run of four steps, at whose second Ctrl-C is pressed; what it said is in its text."""
+    save = train.save_checkpoint
+
+    def save_then_press(path, model, ema, **state):
+        save(path, model, ema, **state)
+        if state["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(train, "save_checkpoint", save_then_press)
+        train.main([*TINY, "--data", tiny_npz, "--steps", "4", "--save-every", "2",
+                    "--out", str(out)])
+    return out, str(end.value.code)
+
+
+def test_two_steps_and_two_resumed_equal_four(stopped, tiny_run):
+    out, text = stopped
+    path = str(out / "ckpt.pt")
+    assert read_checkpoint(path)["step"] in (2, 3) and f"--resume {path}" in text
+    train.main(["--resume", path, "--device", "cpu", "--log-every", "1"])
+    whole, resumed = (read_checkpoint(str(run / "ckpt.pt")) for run in (tiny_run, out))
+    assert whole["step"] == resumed["step"] == 4
+    for part in ("config", "model", "ema", "optimizer", "random"):
+        assert same(whole[part], resumed[part]), part
+    logs = [[{k: v for k, v in r.items() if k != "seconds"} for r in log_of(run)]
+            for run in (tiny_run, out)]
+    assert logs[0] == logs[1]
+
+
+def test_ctrl_c_in_a_terminal_saves(tiny_npz, tmp_path):
+    out = tmp_path / "run"
+    argv = [sys.executable, "train.py", *TINY, "--data", tiny_npz, "--steps", "1000000",
+            "--out", str(out)]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as run:
+        for _ in range(600):
+            time.sleep(0.1)
+            log = out / "log.jsonl"
+            if run.poll() is not None or log.is_file() and log.read_text().count("step") > 5:
+                break
+        run.send_signal(signal.SIGINT)
+        _, shown = run.communicate(timeout=60)
+    assert "Traceback" not in shown and f"--resume {out}/ckpt.pt" in shown.splitlines()[-1]
+    content = read_checkpoint(str(out / "ckpt.pt"))
+    assert content["step"] == steps_of(out)[-1]["step"] > 3
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_run, tmp_path):
+    out = shutil.copytree(tiny_run, tmp_path / "copy")
+    train.main(["--resume", str(out / "ckpt.pt"), "--device", "cpu"])
+    assert same(read_checkpoint(str(out / "ckpt.pt")), read_checkpoint(str(tiny_run / "ckpt.pt")))
+    assert log_of(out) == log_of(tiny_run)
+
+
+def test_checkpoint_alone_can_be_resumed(stopped, tmp_path):
+    """Someone may copy ckpt.pt to another machine, and leave the log behind."""
+    (tmp_path / "alone").mkdir()
+    path = shutil.copy(stopped[0] / "ckpt.pt", tmp_path / "alone")
+    train.main(["--resume", str(path), "--device", "cpu"])
+    assert read_checkpoint(str(path))["step"] == 4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
+        tiny_npz, tmp_path, capsys):
+    text = refusal([*TINY, "--data", tiny_npz, "--lr", "1e12", "--steps", "50", "--save-every", "1",
+                    "--out", str(tmp_path)], capsys)
+    assert any(term in text for term in ("ddpm", "rec", "kl", "gradient")) and "step" in text
+    content = read_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert content["step"] == steps_of(tmp_path)[-1]["step"] < 50
+    assert all(torch.isfinite(v).all() for v in content["model"].values())
+    assert all(math.isfinite(v) for r in steps_of(tmp_path) for v in r.values())
+
+
+def test_a_broken_torchvision_costs_only_the_picture(tiny_npz, tmp_path, monkeypatch, capsys):
+    for name in ("torchvision", "torchvision.utils"):
+        monkeypatch.setitem(sys.modules, name, None)                   # importing it now fails
+    train.main([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(tmp_path)])
+    shown = capsys.readouterr()
+    assert len([line for line in shown.err.splitlines() if "torchvision" in line]) == 1
+    assert "evaluate.py" in shown.out and (tmp_path / "ckpt.pt").is_file()
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--kl -1", "kl"), ("--rec -0.5", "rec"), ("--kl nan", "kl"), ("--batch-size 0", "batch_size"),
+    ("--batch-size many", "--batch-size"), ("--batch-size 1.5", "--batch-size"), ("--lr inf", "lr"),
+    ("--latent-dim 0", "latent_dim"), ("--unet-width 12", "unet_width"), ("--u-scale 1", "u_scale"),
+    ("--model gan", "--model"), ("--size huge", "--size"), ("--no-such-flag", "--no-such-flag"),
+    ("--batch 4", "--batch"), ("leftover", "leftover"), ("--save-every 0", "--save-every"),
+    ("--log-every -1", "--log-every"), ("--device nonsense", "nonsense"),
+    ("--device cuda:99", "cuda:99"), ("--data no_such.npz", "no_such.npz"),
+    ("--resume no_such.pt", "no_such.pt"), ("--seed -1", "seed"),
+    ("--seed 99999999999999999999", "seed")])
+def test_bad_flag_is_named_in_one_line_and_leaves_no_folder(tiny_npz, tmp_path, capsys, flags,
+                                                            named):
+    out = tmp_path / "run"
+    text = refusal([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(out), *flags.split()],
+                   capsys)
+    assert named.replace("_", "-").strip("-") in text.replace("_", "-")
+    assert not out.exists()
+
+
+def test_cuda_where_there_is_none(tiny_npz, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    text = refusal([*TINY, "--data", tiny_npz, "--device", "cuda"], capsys)
+    assert "cuda" in text and "--device cpu" in text
+
+
+def test_out_that_is_a_file_is_named(tiny_npz, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("precious")
+    for out in (file, file / "below"):
+        text = refusal([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(out)], capsys)
+        assert str(file) in text
+    assert file.read_text() == "precious"
+
+
+def test_out_that_holds_a_run_is_not_written_over(tiny_npz, tiny_run, capsys):
+    before = {path: path.read_bytes() for path in tiny_run.iterdir()}
+    text = refusal([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(tiny_run)], capsys)
+    assert str(tiny_run) in text and "--resume" in text
+    assert before == {path: path.read_bytes() for path in tiny_run.iterdir()}
+
+
+@pytest.mark.parametrize("shape", [(24, 20, 20, 3), (24, 16, 32, 3)])
+def test_images_of_an_unfit_shape_are_refused(tmp_path, capsys, shape):
+    np.savez(tmp_path / "odd.npz", images=np.zeros(shape, np.uint8), factors=np.arange(24)[:, None])
+    data, out = tmp_path / "odd.npz", tmp_path / "run"
+    text = refusal([*TINY, "--data", str(data), "--out", str(out)], capsys)
+    assert str(shape[1]) in text and not out.exists()
+
+
+def test_data_in_which_nothing_varies_are_refused(tmp_path, capsys):
+    np.savez(tmp_path / "same.npz", images=np.zeros((4, 16, 16, 3), np.uint8),
+             factors=np.zeros((4, 2), int))
+    assert "factor" in refusal([*TINY, "--data", str(tmp_path / "same.npz")], capsys)
+
+
+def test_what_cannot_be_resumed_is_named(tiny_run, tiny_npz, tmp_path, capsys):
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes((tiny_run / "ckpt.pt").read_bytes()[:5000])        # truncated
+    assert str(bad) in refusal(["--resume", str(bad)], capsys)
+    torch.save({"weights": torch.zeros(2)}, bad)                       # somebody else's
+    assert str(bad) in refusal(["--resume", str(bad)], capsys)
+    model = load_checkpoint(str(tiny_run / "ckpt.pt"))                 # without the optimiser
+    save_checkpoint(str(bad), model, model)
+    assert str(bad) in refusal(["--resume", str(bad)], capsys)
+    model.info = {}                                                    # without the data's name
+    save_checkpoint(str(bad), model, model)
+    assert str(bad) in refusal(["--resume", str(bad)], capsys)
+
+
+def test_resuming_without_the_data_names_them(tiny_run, tmp_path, capsys):
+    content = torch.load(tiny_run / "ckpt.pt", weights_only=True)
+    content["info"]["data_arg"] = str(tmp_path / "gone.npz")
+    torch.save(content, tmp_path / "ckpt.pt")
+    assert "gone.npz" in refusal(["--resume", str(tmp_path / "ckpt.pt")], capsys)
+
+
+def test_in_a_terminal_an_error_is_one_line_and_a_status(tmp_path):
+    done = subprocess.run([sys.executable, "train.py", "--data", "no_such.h5", "--device", "cpu",
+                           "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "no_such.h5" in done.stderr
