@@ -32,6 +32,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+CHECKPOINT_FORMAT = 1                                                  # raised when files change
+
 # ---- Configuration ----
 
 def option(default, help, choices=None, least=0, below=math.inf):
@@ -76,17 +78,15 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, meta = getattr(self, f.name), f.metadata
-            number = (int, float) if f.type is float else f.type
-            if not isinstance(value, number) or isinstance(value, bool):
+            if type(value) not in ((int, float) if f.type is float else (f.type,)):
                 raise ValueError(f"{f.name} must be of type {f.type.__name__}, got {value!r}.")
             if meta["choices"] and value not in meta["choices"]:
                 raise ValueError(f"{f.name} must be one of {meta['choices']}, got {value!r}.")
             if not meta["choices"] and not meta["least"] <= value < meta["below"]:
-                raise ValueError(f"{f.name} must be at least {meta['least']} and below "
-                                 f"{meta['below']}, got {value!r}.")
+                raise ValueError(f"{f.name} must be in [{meta['least']}, {meta['below']}): {value}.")
         if self.unet_width % 8 or self.image_size % 16:
-            raise ValueError("unet_width must be a multiple of 8 and image_size one of 16, got "
-                             f"{self.unet_width} and {self.image_size}.")
+            raise ValueError(f"unet_width must be a multiple of 8, got {self.unet_width}, and "
+                             f"image_size one of 16, got {self.image_size}.")
 
 
 # ---- iVAE: encoder, conditional prior, decoder ----
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         layers = [nn.PixelUnshuffle(cfg.patch),
                   nn.Conv2d(cfg.image_channels * cfg.patch**2, w, 3, padding=1), nn.SiLU()]
         for i in range(halvings(cfg)):
-            layers += [nn.Conv2d(w if i == 0 else 2 * w, 2 * w, 3, 2, 1), nn.SiLU()]
+            layers += [nn.Conv2d(2 * w if i else w, 2 * w, 3, 2, 1), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * w * side**2, 256), nn.SiLU(),
                                  nn.Linear(256, 2 * cfg.latent_dim))
 
@@ -134,18 +134,16 @@ class Prior(nn.Module):
     """p(z|u): u (B, U) -> mean and log-variance of z, (B, D) each, float32.
 
     known: z_i ~ N(m_i, s_i^2), factor i's own centre and scale read off u; nothing is learned.
-    diagonal: one small network per latent i, which sees only u's entries for factor i.
-    full: one network over all of u, the paper's. Latents without a factor of their own get N(0, 1)
-    under the first two; so do all latents of a VAE, for which u says nothing.
-    Under u = "var" the known and the diagonal prior's means are 0 (Khemakhem et al. 2020).
+    diagonal: one small network per latent i, which sees only u's entries for factor i. Under both,
+    latents without a factor, as all of a VAE's, get N(0, 1), and means are 0 if u has none.
+    full: one network over all of u, the paper's. Source: Khemakhem et al. 2020.
     """
     def __init__(self, cfg, hidden=64):
         super().__init__()
         self.centred, self.n_factors, self.dim = cfg.u == "var", cfg.n_factors, cfg.latent_dim
         self.log_scale = math.log(cfg.u_scale)
-        self.kind, k = cfg.prior, min(cfg.n_factors, cfg.latent_dim)
-        if cfg.model == "vae":
-            self.kind, k = "known", 0
+        k = min(cfg.n_factors, cfg.latent_dim)
+        self.kind, k = ("known", 0) if cfg.model == "vae" else (cfg.prior, k)
         self.n_tied, entries = k, 1 if self.centred else 2             # entries of u per factor
         if self.kind == "full":
             self.net = nn.Sequential(nn.Linear(entries * cfg.n_factors, 2 * hidden), nn.SiLU(),
@@ -215,11 +213,10 @@ class ScoreUNet(nn.Module):
         self.last = nn.Conv2d(8 + c, c, 3, padding=1)
 
     def forward(self, x_t, t, z):
-        freq = torch.exp(-math.log(1e4) / self.n_freq * torch.arange(self.n_freq, device=t.device))
+        freq = 1e-4 ** (torch.arange(self.n_freq, device=t.device) / self.n_freq)
         angle = 1000 * t.float()[:, None] * freq                       # (B, F / 2)
         emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.latent(z))  # (B, E)
-        skips = []
-        h = self.conv_in(F.pixel_unshuffle(x_t, self.patch))
+        h, skips = self.conv_in(F.pixel_unshuffle(x_t, self.patch)), []
         for block, halve in zip(self.down, self.halve):
             skips.append(block(h, emb))
             h = halve(skips[-1])
@@ -237,7 +234,7 @@ class VPSDE:
     """Variance-preserving SDE, dx = -beta x/2 dt + sqrt(beta) dw, with beta linear in t in (0, 1].
 
     Its marginal is x_t = alpha x + sigma eps with alpha^2 + sigma^2 = 1 and eps ~ N(0, I).
-    Every method takes t of any shape and returns that shape. Source: Song et al. 2021, Eq. 11.
+    Methods take t of any shape and return that shape. Source: Song et al. 2021, Eq. 11.
     """
     beta_min, beta_rise = 0.1, 19.9                                    # beta(0), beta(1) - beta(0)
 
@@ -264,8 +261,7 @@ class VPSDE:
 
     def add_noise(self, x, eps, t):
         """x_t of clean x. x, eps: (B, C, H, W); t: (B,)."""
-        t = t.view(-1, 1, 1, 1)
-        return self.alpha(t) * x + self.sigma(t) * eps
+        return self.alpha(t).view(-1, 1, 1, 1) * x + self.sigma(t).view(-1, 1, 1, 1) * eps
 
 
 def time_grid(steps, sde, kind="logsnr"):
@@ -283,9 +279,7 @@ def seeded_noise(seeds, shape, device):
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
-# A sampler takes x (B, C, H, W) from ts[0] to ts[-1], ts (S + 1,), and returns it; eps_fn(x, t) has
-# t (B,). All randomness comes from noise(), which gives the next (B, C, H, W) draw.
-
+# Samplers take x (B, C, H, W) from ts[0] to ts[-1]; eps_fn(x, t) has t (B,); noise() the next draw.
 def check_stochastic(noise, ts):
     """ValueError unless there is noise and ts decreases: only an ODE runs from image to noise."""
     if noise is None or ts[0] < ts[-1]:
@@ -313,9 +307,8 @@ def sample_em(eps_fn, x, ts, sde, noise=None):
 def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
     """Before each Euler-Maruyama step one step of Langevin dynamics at t; calls eps_fn 2S times.
 
-    Source: Song et al. 2021, Alg. 3 and 5, but norms are of one image, not means over the batch,
-    so that an image does not depend on its batch. Langevin's own error, up to snr^2 / 2 of the
-    standard deviation, does not fall with S.
+    Source: Song et al. 2021, Alg. 3 and 5, with norms of one image, not means over its batch.
+    Langevin's own error, up to snr^2 / 2 of the standard deviation, does not fall with S.
     """
     check_stochastic(noise, ts)
     for t, t_next in zip(ts[:-1], ts[1:]):
@@ -386,8 +379,7 @@ SAMPLERS = {"em": sample_em, "pc": sample_pc, "ddim": sample_ddim, "heun": sampl
 def invert(eps_fn, x, ts, sde):
     """The noise (B, C, H, W) at max(ts) that the probability-flow ODE maps to the images x.
 
-    ts in either order: pass the grid that sampling will use, then sample_dpmpp on that grid
-    returns to x. Calls eps_fn S times; at 50 calls 2M beats Heun, whose steps are twice as long.
+    ts in either order: sample_dpmpp on the same grid returns to x. Calls eps_fn S times.
     """
     return sample_dpmpp(eps_fn, x, ts.sort().values, sde)
 
@@ -423,7 +415,7 @@ def losses(model, x, u, t, eps):
     if model.unet is not None and len(t):
         x, z, v = x[:len(t)], z[:len(t)], model.cfg.predict == "v"
         alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (model.sde.alpha, model.sde.sigma))
-        predicted = model.unet(alpha * x + sigma * eps, t, z)          # (b, C, H, W)
+        predicted = model.unet(model.sde.add_noise(x, eps, t), t, z)   # (b, C, H, W)
         error = predicted - (alpha * eps - sigma * x if v else eps)
         if v != (model.cfg.weight == "v"):                             # v's error is eps's / alpha
             error = error * alpha if v else error / alpha
@@ -458,7 +450,6 @@ class IDiff(nn.Module):
         if self.unet is None:
             raise ValueError(f"model {self.cfg.model!r} has no diffusion U-Net to sample from. "
                              "Use decode, or train with --model idiff.")
-
         def eps_fn(x, t):
             alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (self.sde.alpha, self.sde.sigma))
             predicted = self.unet(x, t, z)
@@ -469,19 +460,13 @@ class IDiff(nn.Module):
     def sample(self, z, start, steps=20, sampler="dpmpp", noise=None):
         """Images (B, C, H, W) in [-1, 1] from latents z (B, D) and start, the noise at t = 1.
 
-        steps: sampler steps on a grid uniform in log-SNR; noise: as the stochastic samplers want
-        it (see seeded_noise). The last step to t = 0 is the mean of x_0.
+        steps: on a grid uniform in log-SNR; noise: for stochastic samplers, see seeded_noise.
         """
-        if sampler not in SAMPLERS or z.shape != (len(start), self.cfg.latent_dim):
-            raise ValueError(f"needs a sampler of {', '.join(SAMPLERS)} and z of shape "
-                             f"({len(start)}, {self.cfg.latent_dim}), got {sampler!r} and "
-                             f"{tuple(z.shape)}.")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
         eps_fn, ts = self.eps_fn(z), time_grid(steps, self.sde).to(start)
-        x = SAMPLERS[sampler](eps_fn, start, ts, self.sde, noise)
+        x = SAMPLERS[sampler](eps_fn, start, ts, self.sde, noise)      # then from 1e-3 to 0 by x_0
         return x0_from_eps(x, eps_fn(x, ts[-1].expand(len(x))), ts[-1], self.sde).clamp(-1, 1)
-
-
-CHECKPOINT_FORMAT = 1
 
 
 def save_checkpoint(path, model, ema, **state):
@@ -506,8 +491,8 @@ def read_checkpoint(path, device="cpu"):
     except Exception as error:                                         # many kinds, none the user's
         raise ValueError(f"'{path}' is not an iDiff checkpoint or is damaged "
                          f"({type(error).__name__}). Train it again, or pass another.") from None
-    keys = content.keys() if isinstance(content, dict) else ()
-    missing = {"format", "config", "info", "model", "ema"} - set(keys)
+    missing = {"format", "config", "info", "model", "ema"} - set(
+        content if isinstance(content, dict) else ())
     if missing:
         raise ValueError(f"'{path}' is not an iDiff checkpoint: it lacks {sorted(missing)}.")
     if content["format"] != CHECKPOINT_FORMAT:
@@ -531,13 +516,13 @@ def load_checkpoint(path, device="cpu"):
 
 # ---- Data ----
 
-# Cube, cylinder, sphere, capsule: all within radius of a core. (half width, half height, radius)
+# Cube, cylinder, sphere, capsule: within radius of a core. (half width, half height, radius)
 SHAPES = ((0.46, 0.46, 0.03), (0.46, 0.46, 0.03), (0.0, 0.0, 0.56), (0.0, 0.24, 0.40))
 LIGHT = torch.tensor([-0.34, -0.49, 0.80])[:, None]          # unit vector towards the light
 
 
 def length(v):
-    """Length (...) of vectors v (3, ...); faster than `norm` over the first axis."""
+    """Length (...) of vectors v (3, ...)."""
     return (v * v).sum(dim=0).sqrt()
 
 
@@ -674,10 +659,9 @@ class Data:
     def draw(self, n, generator, u="mean+var", u_scale=0.3):
         """Rows (n,) of one modulated draw, and u (n, U).
 
-        For each draw and factor: a scale s log-uniform in [u_scale, 1] and a centre m, 0 or, with
-        "mean+var", uniform in [-1, 1]; the factor's value g, of a grid over [-1, 1], has
-        probability in proportion to exp(-((g - m) / s)^2 / 2). u: log s scaled to [-1, 1] for each
-        factor with more than one value, then m of each with "mean+var".
+        Each draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, 0 or, with
+        "mean+var", uniform in [-1, 1]. A value g, of the factor's grid over [-1, 1], has
+        probability ∝ exp(-((g - m) / s)^2 / 2). u: log s scaled to [-1, 1], then any m.
         """
         noise = torch.rand(2, n, len(self.sizes), generator=generator, device=self.device)
         unit, log_s = 2 * noise - 1, noise[0] * math.log(u_scale)
@@ -689,7 +673,7 @@ class Data:
         return rows, torch.cat([entry[:, self.varied] for entry in entries], dim=1)
 
     def _pick(self, scores, generator):
-        """Rows (n,) by the highest score (n, K, V) per factor among the rows that exist."""
+        """Rows (n,) by the highest score (n, K, V) of each factor in turn, of rows that exist."""
         if self.table is None:
             return (scores.argmax(2) * self.strides).sum(1)
         low = torch.zeros(len(scores), dtype=torch.int64, device=self.device)  # codes so far
@@ -734,11 +718,8 @@ def load_dsprites(device):
 
 def check_memory(path, need, device):
     """MemoryError in one line if need bytes do not fit on the device, where the system tells."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif not os.path.exists("/proc/meminfo"):
-        return
-    else:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo") as file:
             free = next(1024 * int(line.split()[1]) for line in file if "MemAvailable" in line)
     if need > 0.9 * free:
@@ -779,9 +760,8 @@ def load_file(path, device, progress):
                          f"factors {labels.shape}")
     if key == "latents_classes":
         images *= 255                                                  # dSprites stores 0 and 1
-    columns = [np.unique(column, return_inverse=True) for column in labels.T]
-    sizes = tuple(len(values) for values, _ in columns)
-    factors = torch.from_numpy(np.stack([index for _, index in columns], axis=1))
+    values, index = zip(*(np.unique(column, return_inverse=True) for column in labels.T))
+    sizes, factors = tuple(map(len, values)), torch.from_numpy(np.stack(index, axis=1))
     names = next((known for known in (SHAPES3D, DSPRITES) if tuple(known.values()) == sizes),
                  {f"factor {k}": size for k, size in enumerate(sizes)})
     pixels = torch.from_numpy(images).to(device)
