@@ -13,12 +13,10 @@ diffusion U-Net, both conditioned on z, turn latents back into images. Read it d
     IDiff, load_checkpoint      the model: encode, decode, sample
     load_data, Data             3D Shapes, dSprites, your own images; the modulated draw of x and u
 
-Equations are those of Kühne & Zemann, "Learning Disentangled Representations with Identifiable
-Diffusion Models" (2024); their Eq. 1, MIG, is in evaluate.py. Denoising and reconstruction losses
-are means over batch, channels and pixels; KL is summed over latents and averaged over the batch.
-
-Shape letters: B batch, C image channels, H W pixels, F features, D latents, L categories, U entries
-of u, E embedding, K factors, N images, S sampler steps. Images lie in [-1, 1].
+Equations are those of Kühne & Zemann (2024); their Eq. 1, MIG, is in evaluate.py. Denoising and
+reconstruction losses are means over batch, channels and pixels; KL is a sum over latents, a mean
+over the batch. Shape letters: B batch, C image channels, H W pixels, F features, D latents, U
+entries of u, E embedding, K factors, N images, S sampler steps. Images lie in [-1, 1].
 """
 
 import math
@@ -47,23 +45,22 @@ class Config:
     """What changes the numbers: data shape, model, SDE, loss weights, optimiser, seed."""
     model: str = option("idiff", "VAE; with p(z|u); with the U-Net too", ("vae", "ivae", "idiff"))
     latent_dim: int = option(6, "number of latents D", least=1)
-    prior: str = option("known", "p(z|u): read off u; a network per latent; one network over u",
-                        ("known", "diagonal", "full"))
+    prior: str = option("known", "u's own; net per latent; one net", ("known", "diagonal", "full"))
     u: str = option("mean+var", "what u modulates of each factor", ("var", "mean+var"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
-    kl: float = option(1e-3, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
+    kl: float = option(1e-4, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
     kl_mean: float = option(5e-2, "further weight of KL's mean term, which ties mu_q to mu_p")
     kl_start: float = option(5e-2, "KL weight at step 0, from which it falls to --kl; 0 for none")
-    predict: str = option("v", "U-Net's output: noise, or v = alpha eps - sigma x", ("eps", "v"))
-    weight: str = option("v", "denoising error taken of the noise (Eq. 3) or of v", ("eps", "v"))
+    predict: str = option("x", "U-Net's output; v is alpha eps - sigma x", ("eps", "v", "x"))
+    weight: str = option("x", "what the denoising error is of; eps in Eq. 3", ("eps", "v", "x"))
     width: int = option(32, "channels of encoder and decoder, finest level", least=1)
-    unet_width: int = option(48, "channels of the U-Net, finest level", least=8)
+    unet_width: int = option(32, "channels of the U-Net, finest level", least=8)
     patch: int = option(4, "side in pixels of the space-to-depth stem", (1, 2, 4))
     batch_size: int = option(64, "images per step", least=1)
     rec_images: int = option(32, "images of each batch that the decoder sees, 0 for all")
-    ddpm_images: int = option(16, "images of each batch that the U-Net sees, 0 for all")
-    epochs: float = option(0.5, "length in epochs of 480,000 draws")
+    ddpm_images: int = option(24, "images of each batch that the U-Net sees, 0 for all")
+    epochs: float = option(0.4, "length in epochs of 480,000 draws")
     steps: int = option(0, "length in optimiser steps, 0 for what --epochs says")
     lr: float = option(2e-3, "peak learning rate of AdamW")
     schedule: str = option("cosine", "learning rate after warm-up", ("constant", "cosine"))
@@ -83,7 +80,7 @@ class Config:
             if meta["choices"] and value not in meta["choices"]:
                 raise ValueError(f"{f.name} must be one of {meta['choices']}, got {value!r}.")
             if not meta["choices"] and not meta["least"] <= value < meta["below"]:
-                raise ValueError(f"{f.name} must be in [{meta['least']}, {meta['below']}): {value}.")
+                raise ValueError(f"{f.name} is not in [{meta['least']}, {meta['below']}): {value}.")
         if self.unet_width % 8 or self.image_size % 16:
             raise ValueError(f"unet_width must be a multiple of 8, got {self.unet_width}, and "
                              f"image_size one of 16, got {self.image_size}.")
@@ -112,27 +109,49 @@ class Encoder(nn.Module):
         return self.net(x).float().chunk(2, dim=1)                     # (B, D) each
 
 
+def fourier(z):
+    """z (B, D), its sines and cosines at 1/2, 1 and 2 periods a unit: (B, 7 D). Hues vary fast."""
+    angle = (z[:, :, None] * math.pi * 2 ** torch.arange(3, device=z.device)).flatten(1)
+    return torch.cat([z, angle.sin(), angle.cos()], dim=1)
+
+
+class Head(nn.Module):
+    """Features (B, F, H / patch, W / patch), emb (B, E) and any extra channels -> (B, C, H, W).
+    Channels at full resolution are mixed by weights that emb sets: a colour multiplies a shading.
+    """
+    def __init__(self, c_in, c_extra, c_out, c_emb, patch):
+        super().__init__()
+        self.patch, self.conv = patch, nn.Conv2d(c_in, 8 * patch**2, 3, padding=1)
+        self.full = nn.Conv2d(8 + c_extra, 8 + c_extra, 3, padding=1)  # so no patch borders show
+        self.mix = nn.Linear(c_emb, c_out * (8 + c_extra))
+
+    def forward(self, h, emb, *extra):
+        h = torch.cat([F.silu(F.pixel_shuffle(self.conv(h), self.patch)), *extra], 1)
+        h = h + self.full(h)                                           # (B, 8 + extra, H, W)
+        weight = self.mix(emb).unflatten(1, (-1, h.shape[1]))          # (B, C, 8 + extra)
+        return torch.bmm(weight, h.flatten(2)).unflatten(2, h.shape[2:]).float()
+
+
 class Decoder(nn.Module):
-    """p(x|z): (B, D) -> reconstruction (B, C, H, W); a full-resolution convolution comes last."""
+    """p(x|z): (B, D) -> reconstruction (B, C, H, W)."""
     def __init__(self, cfg):
         super().__init__()
         w, side = cfg.width, cfg.image_size // 16
-        layers = [nn.Linear(cfg.latent_dim, 256), nn.SiLU(), nn.Linear(256, 2 * w * side**2),
-                  nn.SiLU(), nn.Unflatten(1, (2 * w, side, side))]
+        self.latent = nn.Sequential(nn.Linear(7 * cfg.latent_dim, 256), nn.SiLU(),
+                                    nn.Linear(256, 256), nn.SiLU())
+        layers = [nn.Linear(256, 2 * w * side**2), nn.SiLU(), nn.Unflatten(1, (2 * w, side, side))]
         for i in range(halvings(cfg)):
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(w if i else 2 * w, w, 3, padding=1),
                        nn.SiLU()]
-        self.net = nn.Sequential(*layers, nn.Conv2d(w, 8 * cfg.patch**2, 3, padding=1),
-                                 nn.PixelShuffle(cfg.patch), nn.SiLU(),
-                                 nn.Conv2d(8, cfg.image_channels, 3, padding=1))
+        self.net, self.head = nn.Sequential(*layers), Head(w, 0, cfg.image_channels, 256, cfg.patch)
 
     def forward(self, z):
-        return self.net(z).float()
+        emb = self.latent(fourier(z))                                  # (B, 256)
+        return self.head(self.net(emb), emb)
 
 
 class Prior(nn.Module):
     """p(z|u): u (B, U) -> mean and log-variance of z, (B, D) each, float32.
-
     known: z_i ~ N(m_i, s_i^2), factor i's own centre and scale read off u; nothing is learned.
     diagonal: one small network per latent i, which sees only u's entries for factor i. Under both,
     latents without a factor, as all of a VAE's, get N(0, 1), and means are 0 if u has none.
@@ -186,17 +205,16 @@ class ResBlock(nn.Module):
 
 
 class ScoreUNet(nn.Module):
-    """x_t (B, C, H, W), t (B,), z (B, D) -> estimate of the noise, or of v, (B, C, H, W), float32.
-
+    """x_t (B, C, H, W), t (B,), z (B, D) -> what cfg.predict names, (B, C, H, W), float32.
     A U-Net on a space-to-depth stem, halved down to image_size / 16; z and t enter every block.
-    One convolution at full resolution, over x_t too, comes last, so that no patch borders show.
     """
     def __init__(self, cfg):
         super().__init__()
         f, c = cfg.unet_width, cfg.image_channels
         self.patch, self.n_freq, c_emb = cfg.patch, f // 2, 4 * f
+        self.sde, self.predict = VPSDE(), cfg.predict
         self.time = nn.Sequential(nn.Linear(f, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.latent = nn.Sequential(nn.Linear(cfg.latent_dim, c_emb), nn.SiLU(),
+        self.latent = nn.Sequential(nn.Linear(7 * cfg.latent_dim, c_emb), nn.SiLU(),
                                     nn.Linear(c_emb, c_emb))
         self.conv_in = nn.Conv2d(c * cfg.patch**2, f, 3, padding=1)
         widths = [f] + [2 * f] * halvings(cfg)
@@ -207,32 +225,32 @@ class ScoreUNet(nn.Module):
             self.grow.insert(0, nn.Conv2d(w_next, w, 3, padding=1))
             self.up.insert(0, ResBlock(2 * w, w, c_emb))
         self.middle = nn.ModuleList(ResBlock(w_next, w_next, c_emb) for _ in range(2))
-        self.conv_out = nn.Sequential(nn.GroupNorm(8, f), nn.SiLU(),
-                                      nn.Conv2d(f, 8 * cfg.patch**2, 3, padding=1),
-                                      nn.PixelShuffle(cfg.patch))
-        self.last = nn.Conv2d(8 + c, c, 3, padding=1)
+        self.start = nn.Linear(c_emb, w_next * (cfg.image_size // 16)**2)   # a coarse picture of z
+        self.norm, self.head = nn.GroupNorm(8, f), Head(f, c, c, c_emb, cfg.patch)
 
     def forward(self, x_t, t, z):
         freq = 1e-4 ** (torch.arange(self.n_freq, device=t.device) / self.n_freq)
         angle = 1000 * t.float()[:, None] * freq                       # (B, F / 2)
-        emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.latent(z))  # (B, E)
+        emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.latent(fourier(z)))
         h, skips = self.conv_in(F.pixel_unshuffle(x_t, self.patch)), []
         for block, halve in zip(self.down, self.halve):
             skips.append(block(h, emb))
             h = halve(skips[-1])
+        h = h + self.start(emb).view(h.shape)
         for block in self.middle:
             h = block(h, emb)
         for grow, block in zip(self.grow, self.up):
             h = grow(F.interpolate(h, scale_factor=2))
             h = block(torch.cat([h, skips.pop()], 1), emb)
-        return self.last(torch.cat([self.conv_out(h), x_t], 1)).float()
+        h = self.head(F.silu(self.norm(h)), emb, x_t)                  # (B, C, H, W)
+        keep = 1 / (1 + (self.sde.sigma(t) / 0.05).square()).view(-1, 1, 1, 1)
+        return keep * x_t + (1 - keep) * h if self.predict == "x" else h   # x_t if noise is faint
 
 
 # ---- VP-SDE and samplers ----
 
 class VPSDE:
     """Variance-preserving SDE, dx = -beta x/2 dt + sqrt(beta) dw, with beta linear in t in (0, 1].
-
     Its marginal is x_t = alpha x + sigma eps with alpha^2 + sigma^2 = 1 and eps ~ N(0, I).
     Methods take t of any shape and return that shape. Source: Song et al. 2021, Eq. 11.
     """
@@ -306,7 +324,6 @@ def sample_em(eps_fn, x, ts, sde, noise=None):
 @torch.no_grad()
 def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
     """Before each Euler-Maruyama step one step of Langevin dynamics at t; calls eps_fn 2S times.
-
     Source: Song et al. 2021, Alg. 3 and 5, with norms of one image, not means over its batch.
     Langevin's own error, up to snr^2 / 2 of the standard deviation, does not fall with S.
     """
@@ -324,7 +341,6 @@ def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
 @torch.no_grad()
 def sample_ddim(eps_fn, x, ts, sde, noise=None, *, eta=0.0):
     """DDIM, an ODE for eta = 0 and the ancestral sampler of DDPM for eta = 1; S calls of eps_fn.
-
     Source: Song, Meng and Ermon 2021, Eq. 12 and 16.
     """
     if eta > 0:
@@ -343,7 +359,6 @@ def sample_ddim(eps_fn, x, ts, sde, noise=None, *, eta=0.0):
 @torch.no_grad()
 def sample_heun(eps_fn, x, ts, sde, noise=None):
     """Probability-flow ODE by Heun's method, order 2; calls eps_fn 2S times. noise is not used.
-
     Source: Song et al. 2021, Eq. 13, for the VP-SDE.
     """
     def slope(x, t):
@@ -359,7 +374,6 @@ def sample_heun(eps_fn, x, ts, sde, noise=None):
 @torch.no_grad()
 def sample_dpmpp(eps_fn, x, ts, sde, noise=None):
     """Probability-flow ODE by DPM-Solver++(2M), order 2 on "logsnr" grids; S calls of eps_fn.
-
     Its first step is DDIM. noise is not used. Source: Lu et al. 2022 (2211.01095), Alg. 2.
     """
     x0_prev = h_prev = None
@@ -378,7 +392,6 @@ SAMPLERS = {"em": sample_em, "pc": sample_pc, "ddim": sample_ddim, "heun": sampl
 
 def invert(eps_fn, x, ts, sde):
     """The noise (B, C, H, W) at max(ts) that the probability-flow ODE maps to the images x.
-
     ts in either order: sample_dpmpp on the same grid returns to x. Calls eps_fn S times.
     """
     return sample_dpmpp(eps_fn, x, ts.sort().values, sde)
@@ -388,7 +401,6 @@ def invert(eps_fn, x, ts, sde):
 
 def kl_loss(mu_q, logvar_q, mu_p, logvar_p):
     """KL(q(z|x) || p(z|u)) of diagonal Gaussians, in nats: sum over D, mean over B.
-
     All arguments: (B, D); logvar is the natural log of the variance. Returns shape ().
     Source: L_KL of Eq. 2.
     """
@@ -398,11 +410,10 @@ def kl_loss(mu_q, logvar_q, mu_p, logvar_p):
 
 def losses(model, x, u, t, eps):
     """The terms of Eq. 2, unweighted, as a dict of float32 scalars: ddpm, rec, kl, kl_mean.
-
     x: (B, C, H, W); u: (B, U); t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all B
     images, the decoder the first cfg.rec_images, the U-Net the first b. "ddpm" (Eq. 3 with
-    lambda(t) = sigma^2) is the mean squared error of the noise estimate, or of v under
-    cfg.weight "v"; without a U-Net or without t there is no such term. "kl_mean" is the part of
+    lambda(t) = sigma^2) is the mean squared error of the noise estimate, or of what
+    cfg.weight names; without a U-Net or without t there is no such term. "kl_mean" is the part of
     "kl" that the means make, half the sum of (mu_q - mu_p)^2 / var_p; it is not in the paper.
     """
     mu_q, logvar_q = model.encoder(x)                                  # (B, D) each
@@ -413,13 +424,12 @@ def losses(model, x, u, t, eps):
              "kl": kl_loss(mu_q, logvar_q, mu_p, logvar_p),
              "kl_mean": kl_loss(mu_q, logvar_p, mu_p, logvar_p)}
     if model.unet is not None and len(t):
-        x, z, v = x[:len(t)], z[:len(t)], model.cfg.predict == "v"
+        x, b, predict, weight = x[:len(t)], len(t), model.cfg.predict, model.cfg.weight
         alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (model.sde.alpha, model.sde.sigma))
-        predicted = model.unet(model.sde.add_noise(x, eps, t), t, z)   # (b, C, H, W)
-        error = predicted - (alpha * eps - sigma * x if v else eps)
-        if v != (model.cfg.weight == "v"):                             # v's error is eps's / alpha
-            error = error * alpha if v else error / alpha
-        terms["ddpm"] = error.square().mean()
+        target = {"eps": eps, "v": alpha * eps - sigma * x, "x": x}[predict]
+        error = model.unet(model.sde.add_noise(x, eps, t), t, z[:b]) - target  # (b, C, H, W)
+        of_x = {"eps": sigma / alpha, "v": sigma, "x": sigma / sigma}  # of error
+        terms["ddpm"] = (error * (of_x[predict] / of_x[weight])).square().mean()
     return terms
 
 
@@ -453,13 +463,13 @@ class IDiff(nn.Module):
         def eps_fn(x, t):
             alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (self.sde.alpha, self.sde.sigma))
             predicted = self.unet(x, t, z)
-            return sigma * x + alpha * predicted if self.cfg.predict == "v" else predicted
+            return {"eps": predicted, "v": sigma * x + alpha * predicted,
+                    "x": (x - alpha * predicted) / sigma}[self.cfg.predict]
         return eps_fn
 
     @torch.no_grad()
     def sample(self, z, start, steps=20, sampler="dpmpp", noise=None):
         """Images (B, C, H, W) in [-1, 1] from latents z (B, D) and start, the noise at t = 1.
-
         steps: on a grid uniform in log-SNR; noise: for stochastic samplers, see seeded_noise.
         """
         if sampler not in SAMPLERS:
@@ -585,7 +595,6 @@ def render_object(eye, ray, shape):
 
 def render_shapes3d(size=64, device="cpu"):
     """Shade of floor, walls and object, and white light, (480, 4, size, size) uint8.
-
     480 geometries: 8 scales, 4 shapes, 15 orientations, row-major. Sphere tracing (Hart 1996).
     """
     eyes, rays = camera_rays(torch.linspace(-30, 30, 15).deg2rad(), 2 * size)
@@ -611,7 +620,6 @@ def render_shapes3d(size=64, device="cpu"):
 
 def compose_dsprites(factors, size=64):
     """Images (B, 1, size, size), only -1 and 1, of class indices (B, 6) int64, as in dSprites.
-
     Shapes are square, ellipse and heart; orientation 39 equals 0; no sprite leaves the image.
     """
     _, shape, scale, turn, x, y = factors[..., None, None].unbind(dim=1)          # (B, 1, 1)
@@ -631,7 +639,6 @@ def compose_dsprites(factors, size=64):
 
 class Data:
     """Images on a device, by row, and the modulated draw of rows and u.
-
     sizes: {factor's name: how many values}; images: function rows (B,) -> (B, C, H, W) in [-1, 1];
     factors: (N, K) int64, one row per image, or None for the full factor grid in row-major order.
     """
@@ -658,7 +665,6 @@ class Data:
 
     def draw(self, n, generator, u="mean+var", u_scale=0.3):
         """Rows (n,) of one modulated draw, and u (n, U).
-
         Each draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, 0 or, with
         "mean+var", uniform in [-1, 1]. A value g, of the factor's grid over [-1, 1], has
         probability ∝ exp(-((g - m) / s)^2 / 2). u: log s scaled to [-1, 1], then any m.
@@ -771,7 +777,6 @@ def load_file(path, device, progress):
 
 def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs: iterable):
     """The Data of a name ("shapes3d", "dsprites": embedded replicas) or of an .h5 or .npz file.
-
     Files: the real 3dshapes.h5, the real dSprites .npz, or one's own images (N, H, W, C) uint8 and
     factors (N, K). progress: wraps iterables, as tqdm. FileNotFoundError, ValueError, MemoryError.
     """
