@@ -299,7 +299,10 @@ def report(path, args):
     target = Path(f"{prefix}metrics.json")
     key = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "n": args.n, "seed": args.seed,
            "dci": not args.no_dci, "data": args.data, "sampled": args.sampled}
-    stored = json.loads(target.read_text()) if target.exists() and not args.fresh else {}
+    try:
+        stored = {} if args.fresh else json.loads(target.read_text())
+    except (OSError, ValueError):                # not there, or damaged: computed anew
+        stored = {}
     if stored.get("key") in (key, key | {"dci": True}):
         return stored | {"file": str(path)}
     try:

@@ -116,9 +116,8 @@ def fourier(z):
 
 
 class Head(nn.Module):
-    """Features (B, F, H / patch, W / patch), emb (B, E) and any extra channels -> (B, C, H, W).
-    Channels at full resolution are mixed by weights that emb sets: a colour multiplies a shading.
-    """
+    """Features (B, F, H / patch, W / patch), emb (B, E) and extra channels -> (B, C, H, W).
+    Emb sets the weights that mix full-resolution channels: a colour multiplies a shading."""
     def __init__(self, c_in, c_extra, c_out, c_emb, patch):
         super().__init__()
         self.patch, self.conv = patch, nn.Conv2d(c_in, 8 * patch**2, 3, padding=1)
@@ -206,13 +205,12 @@ class ResBlock(nn.Module):
 
 class ScoreUNet(nn.Module):
     """x_t (B, C, H, W), t (B,), z (B, D) -> what cfg.predict names, (B, C, H, W), float32.
-    A U-Net on a space-to-depth stem, halved down to image_size / 16; z and t enter every block.
-    """
+    A U-Net on a space-to-depth stem, halved down to image_size / 16; z and t enter every block."""
     def __init__(self, cfg):
         super().__init__()
         f, c = cfg.unet_width, cfg.image_channels
-        self.patch, self.n_freq, c_emb = cfg.patch, f // 2, 4 * f
-        self.sde, self.predict = VPSDE(), cfg.predict
+        self.patch, self.n_freq, c_emb, self.sde = cfg.patch, f // 2, 4 * f, VPSDE()
+        self.predicts_x = cfg.predict == "x"
         self.time = nn.Sequential(nn.Linear(f, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.latent = nn.Sequential(nn.Linear(7 * cfg.latent_dim, c_emb), nn.SiLU(),
                                     nn.Linear(c_emb, c_emb))
@@ -243,16 +241,16 @@ class ScoreUNet(nn.Module):
             h = grow(F.interpolate(h, scale_factor=2))
             h = block(torch.cat([h, skips.pop()], 1), emb)
         h = self.head(F.silu(self.norm(h)), emb, x_t)                  # (B, C, H, W)
-        keep = 1 / (1 + (self.sde.sigma(t) / 0.05).square()).view(-1, 1, 1, 1)
-        return keep * x_t + (1 - keep) * h if self.predict == "x" else h   # x_t if noise is faint
+        keep = 1 / (1 + (self.sde.sigma(t) / 0.02).square()).view(-1, 1, 1, 1)
+        return keep * x_t + (1 - keep) * h if self.predicts_x else h       # x_t if noise is faint
 
 
 # ---- VP-SDE and samplers ----
 
 class VPSDE:
     """Variance-preserving SDE, dx = -beta x/2 dt + sqrt(beta) dw, with beta linear in t in (0, 1].
-    Its marginal is x_t = alpha x + sigma eps with alpha^2 + sigma^2 = 1 and eps ~ N(0, I).
-    Methods take t of any shape and return that shape. Source: Song et al. 2021, Eq. 11.
+    Its marginal is x_t = alpha x + sigma eps with alpha^2 + sigma^2 = 1 and eps ~ N(0, I). Methods
+    take t of any shape and return that shape. Source: Song et al. 2021, Eq. 11.
     """
     beta_min, beta_rise = 0.1, 19.9                                    # beta(0), beta(1) - beta(0)
 
@@ -325,8 +323,7 @@ def sample_em(eps_fn, x, ts, sde, noise=None):
 def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
     """Before each Euler-Maruyama step one step of Langevin dynamics at t; calls eps_fn 2S times.
     Source: Song et al. 2021, Alg. 3 and 5, with norms of one image, not means over its batch.
-    Langevin's own error, up to snr^2 / 2 of the standard deviation, does not fall with S.
-    """
+    Langevin's own error, up to snr^2 / 2 of the standard deviation, does not fall with S."""
     check_stochastic(noise, ts)
     for t, t_next in zip(ts[:-1], ts[1:]):
         score = -eps_fn(x, t.expand(len(x)).to(x)) / sde.sigma(t)
@@ -392,8 +389,7 @@ SAMPLERS = {"em": sample_em, "pc": sample_pc, "ddim": sample_ddim, "heun": sampl
 
 def invert(eps_fn, x, ts, sde):
     """The noise (B, C, H, W) at max(ts) that the probability-flow ODE maps to the images x.
-    ts in either order: sample_dpmpp on the same grid returns to x. Calls eps_fn S times.
-    """
+    ts in either order: sample_dpmpp on the same grid returns to x. Calls eps_fn S times."""
     return sample_dpmpp(eps_fn, x, ts.sort().values, sde)
 
 
@@ -532,8 +528,7 @@ LIGHT = torch.tensor([-0.34, -0.49, 0.80])[:, None]          # unit vector towar
 
 
 def length(v):
-    """Length (...) of vectors v (3, ...)."""
-    return (v * v).sum(dim=0).sqrt()
+    return (v * v).sum(dim=0).sqrt()                                   # (3, ...) -> (...)
 
 
 def shape_distance(p, shape):
@@ -799,7 +794,7 @@ def image_grid(images, columns):
     try:
         from torchvision.utils import make_grid
     except (ImportError, RuntimeError) as error:
-        raise ImportError(f"no picture drawn, torchvision cannot be imported: {error}. Install it "
-                          "together with torch, as a matching pair.") from None
+        raise ImportError("no picture drawn, torchvision cannot be imported; install it together "
+                          f"with torch, as a matching pair: {error}") from None
     grid = make_grid(images.float().cpu() / 2 + 0.5, columns, padding=2, pad_value=1)
     return (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
