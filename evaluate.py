@@ -6,14 +6,15 @@
 
 The metrics take codes (N, D) and factors (N, K), torch or numpy, as in disentanglement_lib. What is
 undefined is NaN, with a warning; bad input a ValueError. One outlier squeezes a latent's bins.
-Sources: MIG Chen et al. 2018; MCC Hyvarinen & Morioka 2016; DCI Eastwood & Williams 2018;
-modularity Ridgeway & Mozer 2018; FactorVAE score Kim & Mnih 2018.
+MIG: Chen et al. 2018; MCC: Hyvarinen & Morioka 2016; DCI: Eastwood & Williams 2018; modularity:
+Ridgeway & Mozer 2018; FactorVAE score: Kim & Mnih 2018.
 """
 import argparse
 import hashlib
 import json
 import os
 import warnings
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -61,8 +62,7 @@ def as_arrays(codes, factors):
     for name, a in (("codes", codes), ("factors", factors)):
         if a.ndim != 2 or 0 in a.shape or len(a) < 2 or a.dtype.kind not in "buif":
             raise ValueError(f"{name} must be numbers, 2 rows or more; got {a.dtype} {a.shape}.")
-        finite = np.isfinite(a).all(axis=0)
-        if not finite.all():
+        if not (finite := np.isfinite(a).all(axis=0)).all():
             raise ValueError(f"{name}: column {finite.argmin()} holds NaN or inf.")
     if len(codes) != len(factors):
         raise ValueError(f"{len(codes)} rows of codes, but {len(factors)} of factors.")
@@ -299,10 +299,9 @@ def report(path, args):
     target = Path(f"{prefix}metrics.json")
     key = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "n": args.n, "seed": args.seed,
            "dci": not args.no_dci, "data": args.data, "sampled": args.sampled}
-    try:
+    stored = {}
+    with suppress(OSError, ValueError):          # none yet, or damaged
         stored = {} if args.fresh else json.loads(target.read_text())
-    except (OSError, ValueError):                # not there, or damaged: computed anew
-        stored = {}
     if stored.get("key") in (key, key | {"dci": True}):
         return stored | {"file": str(path)}
     try:
@@ -412,9 +411,8 @@ def draw_pairs(r, s):
 
 def spread(group):
     """{metric: [mean, std, max]} over reports; std with n - 1, NaN where one lacks the metric."""
-    values = np.array([[r["metrics"][m] for m in NAMES] for r in group], float)
-    stats = values.mean(axis=0), values.std(axis=0, ddof=len(group) > 1), values.max(axis=0)
-    return dict(zip(NAMES, np.transpose(stats).tolist()))
+    v = np.array([[r["metrics"][m] for m in NAMES] for r in group], float)
+    return dict(zip(NAMES, np.transpose([v.mean(0), v.std(0, ddof=len(v) > 1), v.max(0)]).tolist()))
 
 def write_tables(results, folder):
     """Print and write Table 2 (by model) and Table 3 (by configuration, over its seeds)."""
@@ -445,8 +443,8 @@ def main(argv=None):
     results = [report(path, args) for path in args.paths]
     if len(results) == 1:
         return print_report(results[0])
-    folder = os.path.commonpath([path.resolve().parent for path in args.paths])
-    write_tables(results, args.out or Path(folder))
+    write_tables(results, args.out or
+                 Path(os.path.commonpath([path.resolve().parent for path in args.paths])))
 
 if __name__ == "__main__":
     main()
