@@ -43,9 +43,10 @@ def option(default, help, choices=None, least=0, below=math.inf):
 @dataclass(frozen=True)
 class Config:
     """What changes the numbers: data shape, model, SDE, loss weights, optimiser, seed."""
-    model: str = option("idiff", "VAE; with p(z|u); with the U-Net too", ("vae", "ivae", "idiff"))
+    model: str = option("idiff", "VAE; VAE with p(z|u); that and a U-Net", ("vae", "ivae", "idiff"))
     latent_dim: int = option(6, "number of latents D", least=1)
-    prior: str = option("known", "u's own; net per latent; one net", ("known", "diagonal", "full"))
+    prior: str = option("known", "p(z|u): read off u; a net per latent; one net of all u",
+                        ("known", "diagonal", "full"))
     u: str = option("mean+var", "what u modulates of each factor", ("var", "mean+var"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
     kl: float = option(1e-4, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
@@ -53,7 +54,7 @@ class Config:
     kl_mean: float = option(5e-2, "further weight of KL's mean term, which ties mu_q to mu_p")
     kl_start: float = option(5e-2, "KL weight at step 0, from which it falls to --kl; 0 for none")
     predict: str = option("x", "U-Net's output; v is alpha eps - sigma x", ("eps", "v", "x"))
-    weight: str = option("x", "what the denoising error is of; eps in Eq. 3", ("eps", "v", "x"))
+    weight: str = option("x", "whose squared error is the loss; eps in Eq. 3", ("eps", "v", "x"))
     width: int = option(32, "channels of encoder and decoder, finest level", least=1)
     unet_width: int = option(32, "channels of the U-Net, finest level", least=8)
     patch: int = option(4, "side in pixels of the space-to-depth stem", (1, 2, 4))
@@ -687,7 +688,6 @@ class Data:
         first, last = (torch.searchsorted(self.codes, low + i) for i in (0, 1))
         step = torch.rand(len(low), generator=generator, device=self.device) * (last - first)
         return self.order[(first + step.long()).minimum(last - 1)]
-
 
 
 SHAPES3D = {"floor hue": 10, "wall hue": 10, "object hue": 10, "scale": 8, "shape": 4,

@@ -39,7 +39,7 @@ def build_parser():
         description=__doc__, allow_abbrev=False, usage="python train.py [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     run = parser.add_argument_group("the run")
-    run.add_argument("--data", default="shapes3d",
+    run.add_argument("--data",
                      help="shapes3d, dsprites, or a path to .h5 or .npz (default: shapes3d)")
     run.add_argument("--size", choices=SIZES, help="widths, batch and length "
                      "(default: full where CUDA is present, else small)")
@@ -97,8 +97,8 @@ def make_folder(args, cfg):
     n = 1
     while os.path.exists(os.path.join(out, "log.jsonl")):
         if args.out:
-            raise ValueError(f"'{out}' already holds a run. Pass another --out, or go on with it: "
-                             f"--resume {out}/ckpt.pt")
+            raise ValueError(f"'{out}' already holds a run. Pass another --out, delete it, or go "
+                             f"on with it: --resume {out}/ckpt.pt")
         n += 1
         out = f"runs/{cfg.model}-s{cfg.seed}-{n}"
     os.makedirs(out, exist_ok=True)
@@ -110,11 +110,11 @@ def build(cfg, device):
     """Model, its averaged copy, optimiser and the data's random generator, all seeded."""
     torch.manual_seed(cfg.seed)
     model = IDiff(cfg).to(device, memory_format=torch.channels_last)
-    if device.type == "cuda":
-        for part in (model.encoder, model.decoder, model.unet):
-            if part is not None:
-                part.compile()
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    if device.type == "cuda":
+        for part in filter(None, (model.encoder, model.decoder, model.unet)):
+            part.compile()
+        torch._dynamo.config.suppress_errors = True               # no compiler: uncompiled
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.0, fused=True)
     return model, ema, optimizer, torch.Generator(device).manual_seed(cfg.seed + 1)
 
@@ -169,8 +169,8 @@ def train_step(cfg, model, ema, optimizer, batch, step):
 def state_of(optimizer, ema, generator, step):
     """What a resumed run needs beside the weights."""
     random = {"torch": torch.get_rng_state(), "data": generator.get_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
+    if generator.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(generator.device)
     return {"optimizer": optimizer.state_dict(), "n_averaged": ema.n_averaged, "step": step,
             "random": random}
 
@@ -183,8 +183,8 @@ def restore(content, model, ema, optimizer, generator):
     optimizer.load_state_dict(content["optimizer"])
     torch.set_rng_state(content["random"]["torch"].cpu())
     generator.set_state(content["random"]["data"].cpu())
-    if "cuda" in content["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(content["random"]["cuda"].cpu())
+    if "cuda" in content["random"]:
+        torch.cuda.set_rng_state(content["random"]["cuda"].cpu(), generator.device)
     return content["step"]
 
 
@@ -224,6 +224,7 @@ def train(cfg, data, out, args, parts, first_step):
             if stop:
                 bar.close()
                 sys.exit(f"stopped and saved. Go on with: python train.py --resume {path}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @torch.no_grad()
@@ -250,7 +251,7 @@ def describe(cfg, args, data, device, model, seconds):
     counts = {name: sum(p.numel() for p in part.parameters()) / 1e6
               for name, part in model.named_children()}
     method = "paper" if args.paper else "recipe"
-    where = (torch.cuda.get_device_name() if device.type == "cuda"
+    where = (torch.cuda.get_device_name(device) if device.type == "cuda"
              else f"{device.type} ({torch.get_num_threads()} threads)")
     return (f"{where}, size {args.size}, method {method}: {cfg.model} with {cfg.prior} prior, "
             f"u {cfg.u}; {data.name}; {sum(counts.values()):.2f} M parameters "
@@ -272,8 +273,8 @@ def step_seconds(cfg, data, device):
 
 def provenance(args, data):
     """What a checkpoint says of its origin."""
-    commit = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse",
-                             "--short", "HEAD"], capture_output=True, text=True)
+    commit = subprocess.run("git rev-parse --short HEAD", shell=True, text=True,
+                            capture_output=True, cwd=os.path.dirname(os.path.abspath(__file__)))
     return {"data": data.name, "data_arg": args.data, "commit": commit.stdout.strip() or "unknown",
             "size": args.size, "method": "paper" if args.paper else "recipe",
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
@@ -287,6 +288,8 @@ def draw_curves(out):
     import matplotlib.pyplot as plt
     with open(os.path.join(out, "log.jsonl")) as log:
         records = [r for r in map(json.loads, log) if "rec" in r and "step" in r]
+    if not records:
+        return                                                    # a finished run without its log
     names = [k for k in ("ddpm", "rec", "kl") if k in records[0]]
     titles = {"ddpm": "denoising loss", "rec": "reconstruction loss", "kl": "KL, nats per image"}
     figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False)
@@ -328,6 +331,7 @@ def draw_samples(out, model, data, n=10):
 def finish(cfg, data, out, ema):
     """Validation ELBO, pictures and the two commands that come next."""
     model = ema.module.eval()
+    model.cfg = replace(cfg, rec_images=0)                        # every image counts
     result = validate(cfg, model, data)
     with open(os.path.join(out, "log.jsonl"), "a") as log:
         log.write(json.dumps({"validation": result}) + "\n")
@@ -349,7 +353,10 @@ def resume(args, device):
                          "--paper and every flag that changes the numbers.")
     if "optimizer" not in content or "data_arg" not in content["info"]:
         raise ValueError(f"'{args.resume}' holds a model but no training state to resume.")
-    args.data, args.size = content["info"]["data_arg"], content["info"]["size"]
+    if content["random"]["data"].shape != torch.Generator(device).get_state().shape:
+        raise ValueError(f"'{args.resume}' was trained on another kind of device than "
+                         f"{device.type}. Pass that one as --device.")
+    args.data, args.size = args.data or content["info"]["data_arg"], content["info"]["size"]
     args.paper = content["info"]["method"] == "paper"
     return content
 
@@ -362,11 +369,12 @@ def prepare(args):
                              f"{getattr(args, name)}.")
     device = pick_device(args.device)
     content = resume(args, device) if args.resume else None
+    args.data = args.data or "shapes3d"
     args.size = args.size or ("full" if device.type == "cuda" else "small")
     data = load_data(args.data, device, tqdm)
     cfg = Config(**content["config"]) if content else make_config(args, data)
+    seconds = step_seconds(cfg, data, device) * (cfg.steps - (content["step"] if content else 0))
     out = (os.path.dirname(args.resume) or ".") if content else make_folder(args, cfg)
-    seconds = step_seconds(cfg, data, device) * cfg.steps
     parts = build(cfg, device)
     parts[0].info = content["info"] if content else provenance(args, data)
     first_step = restore(content, *parts) if content else 0
@@ -390,15 +398,12 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         cfg, data, out, parts, first_step = prepare(args)
-    except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"train.py: {error}")
-    try:
         train(cfg, data, out, args, parts, first_step)
         finish(cfg, data, out, parts[1])
     except torch.OutOfMemoryError:
-        sys.exit(f"train.py: out of GPU memory with --batch-size {cfg.batch_size}. "
-                 f"Try --batch-size {max(1, cfg.batch_size // 2)}, or --precision bfloat16.")
-    except (ValueError, OSError) as error:
+        sys.exit("train.py: out of GPU memory. Try a smaller --batch-size or --ddpm-images, or "
+                 "--precision bfloat16.")
+    except (ValueError, OSError, MemoryError) as error:
         sys.exit(f"train.py: {error}")
 
 
