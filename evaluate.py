@@ -263,10 +263,11 @@ def measure(s, args):
     codes, factors, std = s["codes"], s["factors"], s["codes"].std(axis=0)
     active = std > 0.05 * std.max()              # a collapsed latent is not constant
     noise = np.random.default_rng(args.seed).permutation(codes)
-    few, matrix = (codes[:N_DCI], factors[:N_DCI], args.seed), None
+    few, matrix, floor = (codes[:N_DCI], factors[:N_DCI], args.seed), None, None
     scores = {"factorvae": factorvae_score(*few), "linear_r2": mean_of(linear_r2(*few), "R²")}
     if not args.no_dci:
         matrix, accuracy = fit_trees(*few, "DCI")
+        floor, _ = fit_trees(noise[:N_DCI], *few[1:], "DCI, noise floor")
         scores |= dci_of_importance(matrix) | {"informativeness": mean_of(accuracy, "accuracy")}
     if len(codes) <= N_DCI:
         codes, noise, factors = (a[:N_SCORES] for a in (codes, noise, factors))
@@ -275,7 +276,7 @@ def measure(s, args):
     pairs = {j: i for i, j in zip(*match(corr))}
     result = s["info"] | {key: four(*pair) for key, pair in s["draws"].items()} | {
         "metrics": dict.fromkeys(NAMES, np.nan) | scores | four(codes, factors, matrix),
-        "noise_floor": four(noise, factors),     # without DCI's, whose trees would cost as much
+        "noise_floor": four(noise, factors, floor),
         "per_factor": {name: {"latent": best[j], "mi_over_h": share[best[j], j], "gap": gap[j],
                               "rho": corr[best[j], j], "mcc_latent": pairs.get(j)}
                        for j, name in enumerate(s["names"])},

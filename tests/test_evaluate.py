@@ -72,7 +72,7 @@ def test_script_on_codes(codes_path):
                 "modularity": evaluate.modularity(codes, factors), **evaluate.dci(codes, factors)}
     assert {m: result["metrics"][m] for m in expected} == pytest.approx(expected)
     assert result["n_active"] == 2 and result["active"]["modularity"] > 0.9
-    assert result["noise_floor"]["mig"] < 0.2 < result["metrics"]["disentanglement"]
+    assert result["noise_floor"]["disentanglement"] < 0.2 < result["metrics"]["disentanglement"]
     assert result["per_factor"]["factor 1"]["latent"] == 1
     assert (result["n"], result["key"]["seed"], result["codes"]) == (300, 0, "means")
     for picture in ("latents", "information", "pairs"):
