@@ -7,7 +7,7 @@ diffusion U-Net, both conditioned on z, turn latents back into images. Read it d
 
     Config                      every number that changes a result, each a command-line flag
     Encoder, Prior, Decoder     the iVAE of Khemakhem et al. 2020 (a VAE where u says nothing)
-    ScoreUNet                   the noise (or velocity) network, modulated by t and z
+    ScoreUNet                   estimates the noise, v or the image; t and z modulate it
     VPSDE, SAMPLERS, invert     the diffusion process of Song et al. 2021 and its solvers
     losses                      the terms of Eq. 2, whose weighted sum train.py minimises; Eq. 3
     IDiff, load_checkpoint      the model: encode, decode, sample

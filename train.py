@@ -110,7 +110,7 @@ def build(cfg, device):
     """Model, its averaged copy, optimiser and the data's random generator, all seeded."""
     torch.manual_seed(cfg.seed)
     model = IDiff(cfg).to(device, memory_format=torch.channels_last)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    ema = AveragedModel(model)                            # train_step sets its rule, which warms up
     if device.type == "cuda":
         for part in filter(None, (model.encoder, model.decoder, model.unet)):
             part.compile()
