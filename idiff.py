@@ -39,7 +39,6 @@ def option(default, help, choices=None, least=0, below=math.inf):
     return field(default=default, metadata={"help": help, "choices": choices,
                                             "least": least, "below": below})
 
-
 @dataclass(frozen=True)
 class Config:
     """What changes the numbers: data shape, model, SDE, loss weights, optimiser, seed."""
@@ -86,13 +85,11 @@ class Config:
             raise ValueError(f"unet_width must be a multiple of 8, got {self.unet_width}, and "
                              f"image_size one of 16, got {self.image_size}.")
 
-
 # ---- iVAE: encoder, conditional prior, decoder ----
 
 def halvings(cfg):
     """How many stride-2 convolutions lead from the stem's resolution to image_size / 16."""
     return int(math.log2(16 // cfg.patch))
-
 
 class Encoder(nn.Module):
     """q(z|x): (B, C, H, W) -> mean and log-variance of z, (B, D) each, float32. Never sees u."""
@@ -109,12 +106,10 @@ class Encoder(nn.Module):
     def forward(self, x):
         return self.net(x).float().chunk(2, dim=1)                     # (B, D) each
 
-
 def fourier(z):
     """z (B, D), its sines and cosines at 1/2, 1 and 2 periods a unit: (B, 7 D). Hues vary fast."""
     angle = (z[:, :, None] * math.pi * 2 ** torch.arange(3, device=z.device)).flatten(1)
     return torch.cat([z, angle.sin(), angle.cos()], dim=1)
-
 
 class Head(nn.Module):
     """Features (B, F, H / patch, W / patch), emb (B, E) and extra channels -> (B, C, H, W).
@@ -130,7 +125,6 @@ class Head(nn.Module):
         h = h + self.full(h)                                           # (B, 8 + extra, H, W)
         weight = self.mix(emb).unflatten(1, (-1, h.shape[1]))          # (B, C, 8 + extra)
         return torch.bmm(weight, h.flatten(2)).unflatten(2, h.shape[2:]).float()
-
 
 class Decoder(nn.Module):
     """p(x|z): (B, D) -> reconstruction (B, C, H, W)."""
@@ -148,7 +142,6 @@ class Decoder(nn.Module):
     def forward(self, z):
         emb = self.latent(fourier(z))                                  # (B, 256)
         return self.head(self.net(emb), emb)
-
 
 class Prior(nn.Module):
     """p(z|u): u (B, U) -> mean and log-variance of z, (B, D) each, float32.
@@ -184,7 +177,6 @@ class Prior(nn.Module):
         free = (0, self.dim - self.n_tied)                             # N(0, 1) for the others
         return F.pad(torch.zeros_like(mu) if self.centred else mu, free), F.pad(logvar, free)
 
-
 # ---- Score U-Net ----
 
 class ResBlock(nn.Module):
@@ -202,7 +194,6 @@ class ResBlock(nn.Module):
         scale, shift = self.mod(emb)[..., None, None].chunk(2, dim=1)  # (B, F, 1, 1) each
         h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(h))
-
 
 class ScoreUNet(nn.Module):
     """x_t (B, C, H, W), t (B,), z (B, D) -> what cfg.predict names, (B, C, H, W), float32.
@@ -245,7 +236,6 @@ class ScoreUNet(nn.Module):
         keep = 1 / (1 + (self.sde.sigma(t) / 0.02).square()).view(-1, 1, 1, 1)
         return keep * x_t + (1 - keep) * h if self.predicts_x else h       # x_t if noise is faint
 
-
 # ---- VP-SDE and samplers ----
 
 class VPSDE:
@@ -280,7 +270,6 @@ class VPSDE:
         """x_t of clean x. x, eps: (B, C, H, W); t: (B,)."""
         return self.alpha(t).view(-1, 1, 1, 1) * x + self.sigma(t).view(-1, 1, 1, 1) * eps
 
-
 def time_grid(steps, sde, kind="logsnr"):
     """(steps + 1,) times from 1 down to 1e-3: "uniform" in t, or "logsnr", uniform in sde.lam."""
     ts = torch.linspace(1, 1e-3, steps + 1)
@@ -289,12 +278,10 @@ def time_grid(steps, sde, kind="logsnr"):
         ts[1:-1] = sde.t_of_lam(torch.linspace(first, last, steps + 1))[1:-1]
     return ts
 
-
 def seeded_noise(seeds, shape, device):
     """A function giving (B, *shape) noise on device; row k depends on seeds[k] alone."""
     generators = [torch.Generator().manual_seed(s) for s in seeds]   # CPU: same on any device
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
 
 # Samplers take x (B, C, H, W) from ts[0] to ts[-1]; eps_fn(x, t) has t (B,); noise() the next draw.
 def check_stochastic(noise, ts):
@@ -303,11 +290,9 @@ def check_stochastic(noise, ts):
         raise ValueError("a stochastic sampler needs noise=seeded_noise(seeds, shape, device) and "
                          "decreasing ts; ddim, heun and dpmpp need neither.")
 
-
 def x0_from_eps(x, eps_hat, t, sde):
     """The clean image that eps_hat implies, E[x_0 | x_t] for the best eps_hat. t: ()."""
     return (x - sde.sigma(t) * eps_hat) / sde.alpha(t)
-
 
 @torch.no_grad()
 def sample_em(eps_fn, x, ts, sde, noise=None):
@@ -318,7 +303,6 @@ def sample_em(eps_fn, x, ts, sde, noise=None):
         g2h = sde.beta(t) * (t - t_next)
         x = x + g2h * (0.5 * x + score) + g2h.sqrt() * noise()
     return x
-
 
 @torch.no_grad()
 def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
@@ -334,7 +318,6 @@ def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
         x = x + e * score + (2 * e).sqrt() * eps
         x = sample_em(eps_fn, x, torch.stack([t, t_next]), sde, noise)
     return x
-
 
 @torch.no_grad()
 def sample_ddim(eps_fn, x, ts, sde, noise=None, *, eta=0.0):
@@ -353,7 +336,6 @@ def sample_ddim(eps_fn, x, ts, sde, noise=None, *, eta=0.0):
             x = x + var.sqrt() * noise()
     return x
 
-
 @torch.no_grad()
 def sample_heun(eps_fn, x, ts, sde, noise=None):
     """Probability-flow ODE by Heun's method, order 2; calls eps_fn 2S times. noise is not used.
@@ -367,7 +349,6 @@ def sample_heun(eps_fn, x, ts, sde, noise=None):
         second = slope(x + (t_next - t) * first, t_next)
         x = x + (t_next - t) * 0.5 * (first + second)
     return x
-
 
 @torch.no_grad()
 def sample_dpmpp(eps_fn, x, ts, sde, noise=None):
@@ -383,16 +364,13 @@ def sample_dpmpp(eps_fn, x, ts, sde, noise=None):
         x0_prev, h_prev = x0, h
     return x
 
-
 SAMPLERS = {"em": sample_em, "pc": sample_pc, "ddim": sample_ddim, "heun": sample_heun,
             "dpmpp": sample_dpmpp}
-
 
 def invert(eps_fn, x, ts, sde):
     """The noise (B, C, H, W) at max(ts) that the probability-flow ODE maps to the images x.
     ts in either order: sample_dpmpp on the same grid returns to x. Calls eps_fn S times."""
     return sample_dpmpp(eps_fn, x, ts.sort().values, sde)
-
 
 # ---- Losses ----
 
@@ -403,7 +381,6 @@ def kl_loss(mu_q, logvar_q, mu_p, logvar_p):
     """
     ratio = (logvar_q - logvar_p).exp() + (mu_q - mu_p).square() * (-logvar_p).exp()
     return 0.5 * (ratio - 1 - logvar_q + logvar_p).sum(dim=1).mean()
-
 
 def losses(model, x, u, t, eps):
     """The terms of Eq. 2, unweighted, as a dict of float32 scalars: ddpm, rec, kl, kl_mean.
@@ -428,7 +405,6 @@ def losses(model, x, u, t, eps):
         of_x = {"eps": sigma / alpha, "v": sigma, "x": sigma / sigma}  # of error
         terms["ddpm"] = (error * (of_x[predict] / of_x[weight])).square().mean()
     return terms
-
 
 # ---- The model and its checkpoint ----
 
@@ -475,7 +451,6 @@ class IDiff(nn.Module):
         x = SAMPLERS[sampler](eps_fn, start, ts, self.sde, noise)      # then from 1e-3 to 0 by x_0
         return x0_from_eps(x, eps_fn(x, ts[-1].expand(len(x))), ts[-1], self.sde).clamp(-1, 1)
 
-
 def save_checkpoint(path, model, ema, **state):
     """Write config, weights, averaged weights (module ema) and state to path, or nothing."""
     content = {"format": CHECKPOINT_FORMAT, "config": asdict(model.cfg), "info": model.info,
@@ -486,7 +461,6 @@ def save_checkpoint(path, model, ema, **state):
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
 
 def read_checkpoint(path, device="cpu"):
     """The dict that save_checkpoint wrote. FileNotFoundError or ValueError, in one line, if not."""
@@ -507,7 +481,6 @@ def read_checkpoint(path, device="cpu"):
                          f"{CHECKPOINT_FORMAT}. Train it again, or use the version that wrote it.")
     return content
 
-
 def load_checkpoint(path, device="cpu"):
     """The IDiff model, with model.cfg and model.info, in eval mode with averaged (EMA) weights."""
     content = read_checkpoint(path, device)
@@ -520,17 +493,14 @@ def load_checkpoint(path, device="cpu"):
     model.info = content["info"]
     return model.to(device).eval().requires_grad_(False)
 
-
 # ---- Data ----
 
 # Cube, cylinder, sphere, capsule: within radius of a core. (half width, half height, radius)
 SHAPES = ((0.46, 0.46, 0.03), (0.46, 0.46, 0.03), (0.0, 0.0, 0.56), (0.0, 0.24, 0.40))
 LIGHT = torch.tensor([-0.34, -0.49, 0.80])[:, None]          # unit vector towards the light
 
-
 def length(v):
     return (v * v).sum(dim=0).sqrt()                                   # (3, ...) -> (...)
-
 
 def shape_distance(p, shape):
     """Signed distance (...) of points p (3, ...) to the shape, and a vector along its normal."""
@@ -540,7 +510,6 @@ def shape_distance(p, shape):
             xy * (width / length(xy).clamp(min=1e-6)).clamp(max=1))
     offset = p - torch.cat((core, z.clamp(-height, height)))
     return length(offset) - radius, offset
-
 
 def camera_rays(angles, side):
     """Eyes (3, A, 1) and unit rays (3, A, side²) of cameras around the object at A angles."""
@@ -554,7 +523,6 @@ def camera_rays(angles, side):
     eyes = torch.stack((radius * sin, -radius * cos, torch.full_like(sin, height)))
     return eyes, rays / length(rays)
 
-
 def render_room(eyes, rays, half=2.7):
     """Points (3, A, P) where rays leave the empty room, whether on the floor, and shade."""
     t_wall, axis = ((half * rays[:2].sign() - eyes[:2]) / rays[:2]).min(dim=0)
@@ -566,7 +534,6 @@ def render_room(eyes, rays, half=2.7):
     edge = 1 - 0.22 * (-gap / 0.35).exp()                    # darker where two planes meet
     return point, t_floor < t_wall, torch.where(t_floor < t_wall, 0.90, wall) * edge
 
-
 def floor_light(p, shape):
     """Share of light (M) that reaches floor points p (3, M): soft shadow times contact."""
     ts = torch.linspace(0.05, 2.0, 12)
@@ -574,7 +541,6 @@ def floor_light(p, shape):
     seen = torch.stack(seen).amin(dim=0).clamp(0, 1)
     contact = (shape_distance(p, shape)[0] / 0.45).clamp(0, 1)
     return (0.55 + 0.45 * seen * seen * (3 - 2 * seen)) * (0.75 + 0.25 * contact.sqrt())
-
 
 def render_object(eye, ray, shape):
     """Whether rays (3, M) from eye (3, M) meet the shape, its shade and its highlight (M)."""
@@ -587,7 +553,6 @@ def render_object(eye, ray, shape):
     half = (LIGHT - ray) / length(LIGHT - ray)               # Blinn's half vector
     shine = (normal * half).sum(dim=0).clamp(min=0) ** 60
     return gap < 0.01, shade, 0.55 * shine
-
 
 def render_shapes3d(size=64, device="cpu"):
     """Shade of floor, walls and object, and white light, (480, 4, size, size) uint8.
@@ -613,7 +578,6 @@ def render_shapes3d(size=64, device="cpu"):
         planes.append(image.unflatten(0, (8, 15)))
     return torch.stack(planes, dim=1).flatten(0, 2).to(device)
 
-
 def compose_dsprites(factors, size=64):
     """Images (B, 1, size, size), only -1 and 1, of class indices (B, 6) int64, as in dSprites.
     Shapes are square, ellipse and heart; orientation 39 equals 0; no sprite leaves the image.
@@ -631,7 +595,6 @@ def compose_dsprites(factors, size=64):
     heart = b - bend * (a.abs() - 0.16)
     inside = torch.where(shape == 0, torch.maximum(a.abs(), b.abs()), a * a + heart * heart) < 1
     return inside[:, None].float() * 2 - 1
-
 
 class Data:
     """Images on a device, by row, and the modulated draw of rows and u.
@@ -689,11 +652,9 @@ class Data:
         step = torch.rand(len(low), generator=generator, device=self.device) * (last - first)
         return self.order[(first + step.long()).minimum(last - 1)]
 
-
 SHAPES3D = {"floor hue": 10, "wall hue": 10, "object hue": 10, "scale": 8, "shape": 4,
             "orientation": 15}
 DSPRITES = {"colour": 1, "shape": 3, "scale": 6, "orientation": 40, "x": 32, "y": 32}
-
 
 def load_shapes3d(device):
     """The embedded replica of 3D Shapes (Burgess & Kim 2018): 480,000 images, none stored."""
@@ -709,13 +670,11 @@ def load_shapes3d(device):
         return (x.clamp(0, 1) * 2 - 1).unflatten(2, planes.shape[2:])
     return Data("shapes3d replica", SHAPES3D, (3, 64, 64), compose, device)
 
-
 def load_dsprites(device):
     """The embedded replica of dSprites (Matthey et al. 2017): 737,280 images, none stored."""
     data = Data("dsprites replica", DSPRITES, (1, 64, 64), None, device)
     data.images = lambda rows: compose_dsprites(data.factors(rows))
     return data
-
 
 def check_memory(path, need, device):
     """MemoryError in one line if need bytes do not fit on the device, where the system tells."""
@@ -726,7 +685,6 @@ def check_memory(path, need, device):
     if need > 0.9 * free:
         raise MemoryError(f"'{path}' needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} "
                           f"GiB are free on {device}. Free some, or take a smaller file.")
-
 
 def read_arrays(path, device, progress):
     """images (N, H, W[, C]) uint8, factors (N, K) and the latter's name, from .h5 or .npz."""
@@ -751,7 +709,6 @@ def read_arrays(path, device, progress):
                 source.read_direct(images, np.s_[i:i + 4096], np.s_[i:i + 4096])
     return images, factors, key
 
-
 def load_file(path, device, progress):
     """Data of the real 3dshapes.h5, the real dSprites .npz, or a file of one's own."""
     images, labels, key = read_arrays(path, device, progress)
@@ -768,7 +725,6 @@ def load_file(path, device, progress):
     pixels = torch.from_numpy(images).to(device)
     return Data(os.path.basename(path), names, (images.shape[3], *images.shape[1:3]),
                 lambda rows: pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, device, factors)
-
 
 def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs: iterable):
     """The Data of a name ("shapes3d", "dsprites": embedded replicas) or of an .h5 or .npz file.
@@ -787,7 +743,6 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
             zlib.error) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"'{name}' cannot be used as data: {reason}") from None
-
 
 def image_grid(images, columns):
     """Images (N, C, H, W) in [-1, 1] as one picture, columns to a row: (height, width, 3) uint8."""

@@ -33,7 +33,6 @@ PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_start=0.
              predict="eps", weight="eps", batch_size=32, rec_images=0, lr=2e-4,
              schedule="constant")
 
-
 def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, usage="python train.py [options]",
@@ -59,9 +58,7 @@ def build_parser():
                                 help=f"{f.metadata['help']} (default: {f.default})")
     return parser
 
-
 # ---- what to train, and where ----
-
 
 def pick_device(name):
     """The torch.device of --device; ValueError in one line if it is not there."""
@@ -76,7 +73,6 @@ def pick_device(name):
                          "Try --device cpu.") from None
     return device
 
-
 def make_config(args, data):
     """Config of the flags: size gives way to --paper, and both to explicit flags."""
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
@@ -89,7 +85,6 @@ def make_config(args, data):
     steps = cfg.steps or max(1, round(cfg.epochs * EPOCH / cfg.batch_size))
     return replace(cfg, steps=steps, epochs=steps * cfg.batch_size / EPOCH,
                    ddpm_images=min(cfg.ddpm_images or cfg.batch_size, cfg.batch_size))
-
 
 def make_folder(args, cfg):
     """The run's folder, made; an explicit --out must not hold a run already."""
@@ -105,7 +100,6 @@ def make_folder(args, cfg):
     open(os.path.join(out, "log.jsonl"), "a").close()     # fails now if it cannot be written
     return out
 
-
 def build(cfg, device):
     """Model, its averaged copy, optimiser and the data's random generator, all seeded."""
     torch.manual_seed(cfg.seed)
@@ -118,9 +112,7 @@ def build(cfg, device):
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.0, fused=True)
     return model, ema, optimizer, torch.Generator(device).manual_seed(cfg.seed + 1)
 
-
 # ---- one step ----
-
 
 def kl_weight(cfg, step):
     """lambda_KL at a step: geometrically from max(kl_start, kl) to kl over 60 % of the steps."""
@@ -128,12 +120,10 @@ def kl_weight(cfg, step):
         return cfg.kl
     return cfg.kl * (cfg.kl_start / cfg.kl) ** max(0.0, 1 - step / (0.6 * cfg.steps))
 
-
 def learning_rate(cfg, step):
     """Linear warm-up over 100 steps, then constant, or half a cosine down to 0."""
     decay = 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps) if cfg.schedule == "cosine" else 1.0
     return cfg.lr * decay * min(1.0, (step + 1) / 100)
-
 
 def draw_batch(cfg, data, generator):
     """x, u, t, eps of one step; t is stratified over (0, 1] (Kingma et al. 2021)."""
@@ -144,7 +134,6 @@ def draw_batch(cfg, data, generator):
     t = ((torch.arange(b, device=device) + offset) / b).clamp(min=1e-5)   # (b,)
     eps = torch.empty_like(x[:b]).normal_(generator=generator)            # (b, C, H, W)
     return x, u, t, eps
-
 
 def train_step(cfg, model, ema, optimizer, batch, step):
     """One optimiser step on Eq. 2 (and kl_mean); returns the terms and the gradient's norm."""
@@ -162,9 +151,7 @@ def train_step(cfg, model, ema, optimizer, batch, step):
     ema.update_parameters(model)
     return {**{name: term.detach() for name, term in terms.items()}, "gradient norm": norm}
 
-
 # ---- the run ----
-
 
 def state_of(optimizer, ema, generator, step):
     """What a resumed run needs beside the weights."""
@@ -173,7 +160,6 @@ def state_of(optimizer, ema, generator, step):
         random["cuda"] = torch.cuda.get_rng_state(generator.device)
     return {"optimizer": optimizer.state_dict(), "n_averaged": ema.n_averaged, "step": step,
             "random": random}
-
 
 def restore(content, model, ema, optimizer, generator):
     """Put a checkpoint's content back; returns the step to go on from."""
@@ -187,7 +173,6 @@ def restore(content, model, ema, optimizer, generator):
         torch.cuda.set_rng_state(content["random"]["cuda"].cpu(), generator.device)
     return content["step"]
 
-
 def checked(record):
     """The record of numbers, or ValueError naming the first that is not finite."""
     for name, value in record.items():
@@ -195,7 +180,6 @@ def checked(record):
             raise ValueError(f"{name} is {value} at step {record['step']}. The last good "
                              "checkpoint is kept; try a smaller --lr, or --precision float32.")
     return record
-
 
 def train(cfg, data, out, args, parts, first_step):
     """Train from first_step to cfg.steps, logging and saving into the folder out."""
@@ -226,7 +210,6 @@ def train(cfg, data, out, args, parts, first_step):
                 sys.exit(f"stopped and saved. Go on with: python train.py --resume {path}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
 @torch.no_grad()
 def validate(cfg, model, data, n=4096, size=256):
     """ELBO in nats per image, higher is better, on n modulated draws of a fixed seed; its terms.
@@ -245,7 +228,6 @@ def validate(cfg, model, data, n=4096, size=256):
     nats = -math.prod(data.image_shape) / 2 * math.log(2 * math.pi * math.e * sums["rec"])
     return {"elbo": nats - sums["kl"], **sums}
 
-
 def describe(cfg, args, data, device, model, seconds):
     """The first line: what runs, on what, and what it will cost."""
     counts = {name: sum(p.numel() for p in part.parameters()) / 1e6
@@ -258,7 +240,6 @@ def describe(cfg, args, data, device, model, seconds):
             f"({', '.join(f'{k} {v:.2f}' for k, v in counts.items())}); {cfg.steps} steps of "
             f"{cfg.batch_size} images, some {max(1, round(seconds / 60))} min")
 
-
 def step_seconds(cfg, data, device):
     """Seconds of one training step, the median of five after one unmeasured, on a throwaway."""
     parts, times = build(cfg, device), []
@@ -270,7 +251,6 @@ def step_seconds(cfg, data, device):
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[2]
 
-
 def provenance(args, data):
     """What a checkpoint says of its origin."""
     commit = subprocess.run("git rev-parse --short HEAD", shell=True, text=True,
@@ -279,7 +259,6 @@ def provenance(args, data):
             "size": args.size, "method": "paper" if args.paper else "recipe",
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                          "numpy": np.__version__}}
-
 
 def draw_curves(out):
     """losses.png from log.jsonl: each term against the step."""
@@ -300,7 +279,6 @@ def draw_curves(out):
     figure.tight_layout()
     figure.savefig(os.path.join(out, "losses.png"), dpi=150)
     plt.close(figure)
-
 
 @torch.no_grad()
 def draw_samples(out, model, data, n=10):
@@ -327,7 +305,6 @@ def draw_samples(out, model, data, n=10):
     figure.savefig(os.path.join(out, "samples.png"))
     plt.close(figure)
 
-
 def finish(cfg, data, out, ema):
     """Validation ELBO, pictures and the two commands that come next."""
     model = ema.module.eval()
@@ -344,7 +321,6 @@ def finish(cfg, data, out, ema):
         print(error, file=sys.stderr)
     print(f"Next:\n  python evaluate.py {out}/ckpt.pt\n  python interpolate.py {out}/ckpt.pt")
 
-
 def resume(args, device):
     """The content of --resume's checkpoint; sets the arguments that the run was started with."""
     content = read_checkpoint(args.resume, device)
@@ -359,7 +335,6 @@ def resume(args, device):
     args.data, args.size = args.data or content["info"]["data_arg"], content["info"]["size"]
     args.paper = content["info"]["method"] == "paper"
     return content
-
 
 def prepare(args):
     """Everything that reads the user's input: config, data, folder, model, first step."""
@@ -382,7 +357,6 @@ def prepare(args):
     print(describe(cfg, args, data, device, parts[0], seconds), flush=True)
     return cfg, data, out, parts, first_step
 
-
 def trim_log(out, first_step, cfg):
     """Keep of log.jsonl the config and the lines up to first_step."""
     path, lines = os.path.join(out, "log.jsonl"), []
@@ -392,7 +366,6 @@ def trim_log(out, first_step, cfg):
     kept = [line for line in lines if json.loads(line).get("step", first_step + 1) <= first_step]
     with open(path, "w") as log:
         log.write(json.dumps({"config": asdict(cfg)}) + "\n" + "".join(kept))
-
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
@@ -405,7 +378,6 @@ def main(argv=None):
                  "--precision bfloat16.")
     except (ValueError, OSError, MemoryError) as error:
         sys.exit(f"train.py: {error}")
-
 
 if __name__ == "__main__":
     main()
