@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-CHECKPOINT_FORMAT = 1                                                  # raised when files change
+CHECKPOINT_FORMAT = 2                                                  # raised when files change
 
 # ---- Configuration ----
 
@@ -51,8 +51,10 @@ class Config:
     kl: float = option(1e-4, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
     kl_mean: float = option(5e-2, "further weight of KL's mean term, which ties mu_q to mu_p")
-    kl_start: float = option(5e-2, "KL weight at step 0, from which it falls to --kl; 0 for none")
+    kl_start: float = option(0.0, "KL weight at step 0, from which it falls to --kl; 0 for none")
     predict: str = option("x", "U-Net's output; v is alpha eps - sigma x", ("eps", "v", "x"))
+    condition: str = option("z+decoder", "what the U-Net sees: z, or its decoder image as well",
+                            ("z", "z+decoder"))
     weight: str = option("x", "whose squared error is the loss; eps in Eq. 3", ("eps", "v", "x"))
     width: int = option(32, "channels of encoder and decoder, finest level", least=1)
     unet_width: int = option(32, "channels of the U-Net, finest level", least=8)
@@ -196,17 +198,20 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(h))
 
 class ScoreUNet(nn.Module):
-    """x_t (B, C, H, W), t (B,), z (B, D) -> what cfg.predict names, (B, C, H, W), float32.
-    A U-Net on a space-to-depth stem, halved down to image_size / 16; z and t enter every block."""
+    """x_t (B, C, H, W), t (B,), z (B, D) and x_hat, the decoder's image of z, like x_t -> what
+    cfg.predict names, like x_t, float32. A U-Net on a space-to-depth stem, halved down to
+    image_size / 16; z and t enter every block, x_hat is seen beside x_t (Pandey et al. 2022)
+    unless cfg.condition is z."""
     def __init__(self, cfg):
         super().__init__()
         f, c = cfg.unet_width, cfg.image_channels
         self.patch, self.n_freq, c_emb, self.sde = cfg.patch, f // 2, 4 * f, VPSDE()
-        self.predicts_x = cfg.predict == "x"
+        self.predicts_x, self.sees_x_hat = cfg.predict == "x", cfg.condition == "z+decoder"
         self.time = nn.Sequential(nn.Linear(f, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.latent = nn.Sequential(nn.Linear(7 * cfg.latent_dim, c_emb), nn.SiLU(),
                                     nn.Linear(c_emb, c_emb))
-        self.conv_in = nn.Conv2d(c * cfg.patch**2, f, 3, padding=1)
+        c_seen = 2 * c if self.sees_x_hat else c
+        self.conv_in = nn.Conv2d(c_seen * cfg.patch**2, f, 3, padding=1)
         widths = [f] + [2 * f] * halvings(cfg)
         self.down, self.halve, self.grow, self.up = (nn.ModuleList() for _ in range(4))
         for w, w_next in zip(widths, widths[1:]):                      # up and grow from the inside
@@ -216,13 +221,14 @@ class ScoreUNet(nn.Module):
             self.up.insert(0, ResBlock(2 * w, w, c_emb))
         self.middle = nn.ModuleList(ResBlock(w_next, w_next, c_emb) for _ in range(2))
         self.start = nn.Linear(c_emb, w_next * (cfg.image_size // 16)**2)   # a coarse picture of z
-        self.norm, self.head = nn.GroupNorm(8, f), Head(f, c, c, c_emb, cfg.patch)
+        self.norm, self.head = nn.GroupNorm(8, f), Head(f, c_seen, c, c_emb, cfg.patch)
 
-    def forward(self, x_t, t, z):
+    def forward(self, x_t, t, z, x_hat):
         freq = 1e-4 ** (torch.arange(self.n_freq, device=t.device) / self.n_freq)
         angle = 1000 * t.float()[:, None] * freq                       # (B, F / 2)
         emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.latent(fourier(z)))
-        h, skips = self.conv_in(F.pixel_unshuffle(x_t, self.patch)), []
+        seen = torch.cat([x_t, x_hat], 1) if self.sees_x_hat else x_t
+        h, skips = self.conv_in(F.pixel_unshuffle(seen, self.patch)), []
         for block, halve in zip(self.down, self.halve):
             skips.append(block(h, emb))
             h = halve(skips[-1])
@@ -232,7 +238,7 @@ class ScoreUNet(nn.Module):
         for grow, block in zip(self.grow, self.up):
             h = grow(F.interpolate(h, scale_factor=2))
             h = block(torch.cat([h, skips.pop()], 1), emb)
-        h = self.head(F.silu(self.norm(h)), emb, x_t)                  # (B, C, H, W)
+        h = self.head(F.silu(self.norm(h)), emb, seen)                 # (B, C, H, W)
         keep = 1 / (1 + (self.sde.sigma(t) / 0.02).square()).view(-1, 1, 1, 1)
         return keep * x_t + (1 - keep) * h if self.predicts_x else h       # x_t if noise is faint
 
@@ -394,14 +400,16 @@ def losses(model, x, u, t, eps):
     z = mu_q + (0.5 * logvar_q).exp() * torch.randn_like(mu_q)         # (B, D)
     mu_p, logvar_p = model.prior(u)                                    # (B, D) each
     r = model.cfg.rec_images or len(x)
-    terms = {"rec": (model.decoder(z[:r]) - x[:r]).square().mean(),
+    x_hat = model.decoder(z[:max(r, len(t))])                          # (max(r, b), C, H, W)
+    terms = {"rec": (x_hat[:r] - x[:r]).square().mean(),
              "kl": kl_loss(mu_q, logvar_q, mu_p, logvar_p),
              "kl_mean": kl_loss(mu_q, logvar_p, mu_p, logvar_p)}
     if model.unet is not None and len(t):
         x, b, predict, weight = x[:len(t)], len(t), model.cfg.predict, model.cfg.weight
         alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (model.sde.alpha, model.sde.sigma))
         target = {"eps": eps, "v": alpha * eps - sigma * x, "x": x}[predict]
-        error = model.unet(model.sde.add_noise(x, eps, t), t, z[:b]) - target  # (b, C, H, W)
+        x_t = model.sde.add_noise(x, eps, t)
+        error = model.unet(x_t, t, z[:b], x_hat[:b].detach()) - target  # (b, C, H, W)
         of_x = {"eps": sigma / alpha, "v": sigma, "x": sigma / sigma}  # of error
         terms["ddpm"] = (error * (of_x[predict] / of_x[weight])).square().mean()
     return terms
@@ -433,9 +441,10 @@ class IDiff(nn.Module):
         if self.unet is None:
             raise ValueError(f"model {self.cfg.model!r} has no diffusion U-Net to sample from. "
                              "Use decode, or train with --model idiff.")
+        x_hat = self.decoder(z)
         def eps_fn(x, t):
             alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (self.sde.alpha, self.sde.sigma))
-            predicted = self.unet(x, t, z)
+            predicted = self.unet(x, t, z, x_hat)
             return {"eps": predicted, "v": sigma * x + alpha * predicted,
                     "x": (x - alpha * predicted) / sigma}[self.cfg.predict]
         return eps_fn
@@ -744,12 +753,21 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
         reason = " ".join(str(error).split())
         raise ValueError(f"'{name}' cannot be used as data: {reason}") from None
 
-def image_grid(images, columns):
-    """Images (N, C, H, W) in [-1, 1] as one picture, columns to a row: (height, width, 3) uint8."""
+def save_grid(file, images, rows, columns):
+    """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""
+    from matplotlib.figure import Figure
     try:
         from torchvision.utils import make_grid
     except (ImportError, RuntimeError) as error:
         raise ImportError("no picture drawn, torchvision cannot be imported; install it together "
                           f"with torch, as a matching pair: {error}") from None
-    grid = make_grid(images.float().cpu() / 2 + 0.5, columns, padding=2, pad_value=1)
-    return (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    n, m = len(columns), len(rows)
+    grid = make_grid(images.float().cpu() / 2 + 0.5, n, padding=2, pad_value=1).clamp(0, 1)
+    grid = (grid * 255).round().byte().permute(1, 2, 0).numpy()        # (height, width, 3)
+    size = np.array(grid.shape[1::-1]) * max(1, round(128 / images.shape[-1]))
+    axis = Figure(size / 100, dpi=100).add_axes((0, 0, 1, 1), frame_on=False)
+    axis.imshow(grid, interpolation="nearest", aspect="auto", extent=(0, n, m, 0))
+    axis.set_xticks(np.arange(n) + 0.5, columns, fontsize=12)
+    axis.set_yticks(np.arange(m) + 0.5, rows, fontsize=12)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.figure.savefig(file, bbox_inches="tight")

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from evaluate import as_arrays, entropies, match, mutual_information
-from idiff import SAMPLERS, image_grid, invert, load_checkpoint, load_data, seeded_noise, time_grid
+from idiff import SAMPLERS, invert, load_checkpoint, load_data, save_grid, seeded_noise, time_grid
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -101,18 +101,6 @@ def slerp(a, b, w):
     w, cos = w.view(-1, 1, 1, 1), (a * b).sum() / (a.norm() * b.norm())
     angle = cos.clamp(-1, 1 - 1e-6).acos()                             # 0 would give 0 / 0
     return (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()
-
-def save_grid(file, images, rows, columns):
-    """Write images (N, C, H, W), N = len(rows) * len(columns), as a PNG with labels."""
-    from matplotlib.figure import Figure
-    grid, n, m = image_grid(images, len(columns)), len(columns), len(rows)
-    size = np.array(grid.shape[1::-1]) * max(1, round(128 / images.shape[-1]))
-    axis = Figure(size / 100, dpi=100).add_axes((0, 0, 1, 1), frame_on=False)
-    axis.imshow(grid, interpolation="nearest", aspect="auto", extent=(0, n, m, 0))
-    axis.set_xticks(np.arange(n) + 0.5, columns, fontsize=12)
-    axis.set_yticks(np.arange(m) + 0.5, rows, fontsize=12)
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    axis.figure.savefig(file, bbox_inches="tight")
 
 def traverse(model, codes, z, start, names, args, kind):
     """A grid per network, and a looping GIF: each latent of names over its range, from z (1, D)."""

@@ -22,15 +22,15 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from idiff import (Config, IDiff, image_grid, load_data, losses, read_checkpoint,
-                   save_checkpoint, seeded_noise)
+from idiff import (Config, IDiff, load_data, losses, read_checkpoint, save_checkpoint,
+                   save_grid, seeded_noise)
 
 EPOCH = 480_000                                    # draws, the size of 3D Shapes
 SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, batch_size=128, rec_images=0,
                       ddpm_images=0, epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
-PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_start=0.0, kl_mean=0.0,
-             predict="eps", weight="eps", batch_size=32, rec_images=0, lr=2e-4,
+PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_mean=0.0,
+             predict="eps", condition="z", weight="eps", batch_size=32, rec_images=0, lr=2e-4,
              schedule="constant")
 
 def build_parser():
@@ -262,48 +262,31 @@ def provenance(args, data):
 
 def draw_curves(out):
     """losses.png from log.jsonl: each term against the step."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     with open(os.path.join(out, "log.jsonl")) as log:
         records = [r for r in map(json.loads, log) if "rec" in r and "step" in r]
     if not records:
         return                                                    # a finished run without its log
     names = [k for k in ("ddpm", "rec", "kl") if k in records[0]]
     titles = {"ddpm": "denoising loss", "rec": "reconstruction loss", "kl": "KL, nats per image"}
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False)
-    for axis, name in zip(axes[0], names):
+    figure = Figure((3.6 * len(names), 2.8), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         axis.plot([r["step"] for r in records], [r[name] for r in records], lw=0.8)
         axis.set(title=titles[name], xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(os.path.join(out, "losses.png"), dpi=150)
-    plt.close(figure)
 
 @torch.no_grad()
 def draw_samples(out, model, data, n=10):
     """samples.png: images, the decoder's reconstructions, diffusion samples given the same z."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     generator = torch.Generator(data.device).manual_seed(0)
     x = data.images(torch.randint(len(data), (n,), generator=generator, device=data.device))
     z = model.encode(x)[0]
     rows = {"image": x, "decoder": model.decode(z)}
     if model.unet is not None:
-        start = seeded_noise(range(n), x.shape[1:], x.device)()
-        rows["diffusion"] = model.sample(z, start)
-    picture = image_grid(torch.cat(list(rows.values())), n)
-    figure = plt.figure(figsize=(n + 1, len(rows) + 0.2), dpi=130)
-    axis = figure.add_axes((0.09, 0.02, 0.9, 0.96))
-    axis.imshow(picture, interpolation="nearest")
-    axis.set_xticks([])
-    height = picture.shape[0] / len(rows)
-    axis.set_yticks([height * (i + 0.5) for i in range(len(rows))], list(rows), fontsize=12)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    figure.savefig(os.path.join(out, "samples.png"))
-    plt.close(figure)
+        rows["diffusion"] = model.sample(z, seeded_noise(range(n), x.shape[1:], x.device)())
+    images = torch.cat(list(rows.values()))
+    save_grid(os.path.join(out, "samples.png"), images, list(rows), [""] * n)
 
 def finish(cfg, data, out, ema):
     """Validation ELBO, pictures and the two commands that come next."""

@@ -82,7 +82,7 @@ def test_every_network_keeps_its_shapes(patch, side, channels):
     x, t = images(2, side, channels), torch.tensor([0.1, 0.9])
     mean, logvar = model.encode(x)
     assert mean.shape == logvar.shape == (2, 4)
-    assert model.decode(mean).shape == model.unet(x, t, mean).shape == x.shape
+    assert model.decode(mean).shape == model.unet(x, t, mean, x).shape == x.shape
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -91,7 +91,7 @@ def test_outputs_are_float32_also_under_autocast(precision):
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
         mean, logvar = model.encode(x)
         mu_p, logvar_p = model.prior(torch.zeros(2, 6))
-        x_hat, eps_hat = model.decode(mean), model.unet(x, x[:, 0, 0, 0], mean)
+        x_hat, eps_hat = model.decode(mean), model.unet(x, x[:, 0, 0, 0], mean, x)
     outputs = mean, logvar, mu_p, logvar_p, x_hat, eps_hat
     assert {h.dtype for h in outputs} == {torch.float32}
 
@@ -99,12 +99,26 @@ def test_outputs_are_float32_also_under_autocast(precision):
 def test_unet_output_depends_on_z_and_on_t():
     model, x = small_model(), images(1)
     t, z = torch.tensor([0.5]), torch.zeros(1, 4)
-    base = model.unet(x, t, z)
-    assert (model.unet(x, t + 0.3, z) - base).abs().max() > 1e-3
+    base = model.unet(x, t, z, x)
+    assert (model.unet(x, t + 0.3, z, x) - base).abs().max() > 1e-3
     for i in range(4):
         moved = z.clone()
         moved[0, i] = 1
-        assert (model.unet(x, t, moved) - base).abs().max() > 1e-3
+        assert (model.unet(x, t, moved, x) - base).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("condition, seen", [("z", False), ("z+decoder", True)])
+def test_unet_sees_the_decoders_image_only_if_conditioned_on_it(condition, seen):
+    model, x, t = small_model(condition=condition), images(1), torch.tensor([0.5])
+    change = model.unet(x, t, torch.zeros(1, 4), x) - model.unet(x, t, torch.zeros(1, 4), -x)
+    assert bool(change.any()) == seen
+
+
+def test_denoising_loss_leaves_the_decoder_alone():
+    model, x = small_model(condition="z+decoder").train(), images(4)
+    losses(model, x, torch.rand(4, 6), torch.rand(4), torch.randn_like(x))["ddpm"].backward()
+    assert all(p.grad is None for p in model.decoder.parameters())
+    assert all(p.grad is not None for p in model.encoder.parameters())
 
 
 def test_every_parameter_of_every_network_gets_a_gradient():
@@ -251,7 +265,7 @@ def test_kl_is_a_sum_over_latents_and_a_mean_over_the_batch():
     torch.testing.assert_close(kl_loss(*(h.repeat(3, 1) for h in terms)), kl)
 
 
-def stub(predict="eps", weight="eps", unet=lambda x_t, t, z: 0 * x_t, decoder=None):
+def stub(predict="eps", weight="eps", unet=lambda x_t, t, z, x_hat: 0 * x_t, decoder=None):
     """What losses needs of a model, with q(z|x) = N(mean of x, 0) and p(z|u) = N(u, 1)."""
     def encoder(x):
         mu = x.mean(dim=(1, 2, 3))[:, None].repeat(1, 3)
@@ -270,7 +284,7 @@ def a_step(b=4):
 
 def test_losses_are_means_over_batch_channels_and_pixels():
     x, u, t, eps = a_step()
-    terms = losses(stub(unet=lambda x_t, t, z: torch.full_like(x_t, 0.5)), x, u, t, eps)
+    terms = losses(stub(unet=lambda x_t, t, z, x_hat: torch.full_like(x_t, 0.5)), x, u, t, eps)
     values, ddpm = 4 * 3 * 16 * 16, ((0.5 - eps.numpy()) ** 2).sum()
     assert terms["rec"].item() == pytest.approx((x.numpy() ** 2).sum() / values, rel=1e-5)
     assert terms["ddpm"].item() == pytest.approx(ddpm / values, rel=1e-5)
@@ -330,7 +344,7 @@ def test_a_perfect_v_network_has_no_loss_and_knows_the_noise(weight):
     sigma = (1 - alpha ** 2).sqrt()
 
     class Perfect(nn.Module):
-        def forward(self, x_t, t, z):
+        def forward(self, x_t, t, z, x_hat):
             return alpha * eps - sigma * x
 
     assert losses(stub("v", weight, Perfect()), x, u, t, eps)["ddpm"] < 1e-9
@@ -348,7 +362,7 @@ def test_error_of_v_is_error_of_the_noise_over_alpha(predict, weight):
     sigma = (1 - alpha ** 2).sqrt()
     target = eps if predict == "eps" else alpha * eps - sigma * x
 
-    def off_by_a_tenth(x_t, t, z):
+    def off_by_a_tenth(x_t, t, z, x_hat):
         return target + 0.1
     power = {"eps": {"eps": 0, "v": -1}, "v": {"eps": 1, "v": 0}}[predict][weight]
     expected = (0.1 * alpha ** power).square().mean()
@@ -359,7 +373,7 @@ def test_error_of_v_is_error_of_the_noise_over_alpha(predict, weight):
 def test_eps_network_is_itself_the_noise_estimate():
     model, x, t = small_model(predict="eps"), images(2), torch.tensor([0.2, 0.7])
     z = torch.ones(2, 4)
-    assert torch.equal(model.eps_fn(z)(x, t), model.unet(x, t, z))
+    assert torch.equal(model.eps_fn(z)(x, t), model.unet(x, t, z, model.decoder(z)))
 
 
 # ---- the point of u: a code that it identifies ----

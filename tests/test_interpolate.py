@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.utils import make_grid
 
 import interpolate
 from conftest import ROOT
@@ -72,8 +73,8 @@ def test_the_plain_command_writes_grids_and_a_gif_that_loops(tiny_run, tmp_path)
 def test_pixels_are_enlarged_to_even_squares(tmp_path, side):
     """Every pixel of random images shows some 128 / side times larger, and no label is cut off."""
     x = torch.rand(6, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    want = interpolate.image_grid(x, 3)
-    want = want.repeat(128 // side, axis=0).repeat(128 // side, axis=1)
+    want = make_grid(x / 2 + 0.5, 3, padding=2, pad_value=1).mul(255).round().byte()
+    want = want.permute(1, 2, 0).numpy().repeat(128 // side, axis=0).repeat(128 // side, axis=1)
     height, width = want.shape[:2]
     for label in ("a", "word", "a longer one\nof two lines", "z3 · object hue"):
         interpolate.save_grid(tmp_path / "grid.png", x, [label, "b"], ["", "c", "d"])
@@ -90,7 +91,8 @@ def test_a_row_varies_its_latent_alone(tiny_run, tmp_path, drawn, monkeypatch, s
     """Where both networks see latent 1 only, all cells but those of its row are equal."""
     model, mask = load_checkpoint(tiny_run / "ckpt.pt"), torch.tensor([0.0, 300.0, 0.0])
     model.decoder.register_forward_pre_hook(lambda module, inputs: (inputs[0] * mask,))
-    model.unet.register_forward_pre_hook(lambda module, inputs: (*inputs[:2], inputs[2] * mask))
+    model.unet.register_forward_pre_hook(
+        lambda module, inputs: (*inputs[:2], inputs[2] * mask, inputs[3]))
     monkeypatch.setattr(interpolate, "load_checkpoint", lambda *_: model)
     interpolate.main(["ckpt.pt", *FAST, "--sampler", sampler, "--latents", "0", "1", "z2",
                       "--out", str(tmp_path)])

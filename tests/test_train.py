@@ -155,7 +155,7 @@ def test_paper_beats_size_and_flags_beat_both(tiny_npz, tmp_path):
                 "--width", "8", "--unet-width", "8", "--lr", "1e-3", "--precision", "float32",
                 "--log-every", "1", "--out", str(tmp_path)])
     cfg = config_of(tmp_path)
-    paper = dict(kl=5e-4, rec=0.1, u="var", prior="full", kl_start=0.0, kl_mean=0.0,
+    paper = dict(kl=5e-4, rec=0.1, u="var", prior="full", kl_mean=0.0, condition="z",
                  latent_dim=10, batch_size=32, predict="eps", weight="eps")
     assert {k: cfg[k] for k in paper} == paper
     assert (cfg["width"], cfg["unet_width"], cfg["lr"], cfg["steps"]) == (8, 8, 1e-3, 2)
