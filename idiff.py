@@ -21,8 +21,6 @@ entries of u, E embedding, K factors, N images, S sampler steps. Images lie in [
 
 import math
 import os
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -33,7 +31,6 @@ from torch.nn import functional as F
 CHECKPOINT_FORMAT = 2                                                  # raised when files change
 
 # ---- Configuration ----
-
 def option(default, help, choices=None, least=0, below=math.inf):
     """A dataclass field, also a flag with this help; of choices, or in [least, below)."""
     return field(default=default, metadata={"help": help, "choices": choices,
@@ -44,6 +41,9 @@ class Config:
     """What changes the numbers: data shape, model, SDE, loss weights, optimiser, seed."""
     model: str = option("idiff", "VAE; VAE with p(z|u); that and a U-Net", ("vae", "ivae", "idiff"))
     latent_dim: int = option(6, "number of latents D", least=1)
+    latent: str = option("gaussian", "kind of latents; categorical ones by Gumbel-softmax, or "
+                         "straight-through", ("gaussian", "gumbel", "st"))
+    categories: int = option(16, "categories L of each categorical latent", least=2)
     prior: str = option("known", "p(z|u): read off u; a net per latent; one net of all u",
                         ("known", "diagonal", "full"))
     u: str = option("mean+var", "what u modulates of each factor", ("var", "mean+var"))
@@ -51,6 +51,8 @@ class Config:
     kl: float = option(1e-4, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
     kl_mean: float = option(5e-2, "further weight of KL's mean term, which ties mu_q to mu_p")
+    kl_balance: float = option(0.5, "share of KL's gradient that goes to p(z|u)", below=1)
+    kl_reverse: float = option(0.0, "weight of KL(p(z|u) || q(z|x)), as a multiple of KL's own")
     kl_start: float = option(0.0, "KL weight at step 0, from which it falls to --kl; 0 for none")
     predict: str = option("x", "U-Net's output; v is alpha eps - sigma x", ("eps", "v", "x"))
     condition: str = option("z+decoder", "what the U-Net sees: z, or its decoder image as well",
@@ -76,37 +78,42 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, meta = getattr(self, f.name), f.metadata
-            if type(value) not in ((int, float) if f.type is float else (f.type,)):
-                raise ValueError(f"{f.name} must be of type {f.type.__name__}, got {value!r}.")
-            if meta["choices"] and value not in meta["choices"]:
-                raise ValueError(f"{f.name} must be one of {meta['choices']}, got {value!r}.")
-            if not meta["choices"] and not meta["least"] <= value < meta["below"]:
-                raise ValueError(f"{f.name} is not in [{meta['least']}, {meta['below']}): {value}.")
+            value, (_, choices, least, below) = getattr(self, f.name), f.metadata.values()
+            wanted = f"one of {choices}" if choices else f"{f.type.__name__} in [{least}, {below})"
+            if not (type(value) in {float: (int, float)}.get(f.type, (f.type,)) and
+                    (value in choices if choices else least <= value < below)):
+                raise ValueError(f"{f.name} must be {wanted}, got {value!r}.")
         if self.unet_width % 8 or self.image_size % 16:
             raise ValueError(f"unet_width must be a multiple of 8, got {self.unet_width}, and "
                              f"image_size one of 16, got {self.image_size}.")
 
-# ---- iVAE: encoder, conditional prior, decoder ----
+    @property
+    def z_dim(self):
+        """How many numbers decoder and U-Net see: D, or D L if latents are categorical."""
+        return self.latent_dim * (1 if self.latent == "gaussian" else self.categories)
 
+# ---- iVAE: encoder, conditional prior, decoder ----
 def halvings(cfg):
     """How many stride-2 convolutions lead from the stem's resolution to image_size / 16."""
     return int(math.log2(16 // cfg.patch))
 
 class Encoder(nn.Module):
-    """q(z|x): (B, C, H, W) -> mean and log-variance of z, (B, D) each, float32. Never sees u."""
+    """q(z|x): (B, C, H, W) -> mean and log-variance of z, (B, D) each, float32; or, if latents are
+    categorical, their logits (B, D, L) alone, a tuple as well. Never sees u."""
     def __init__(self, cfg):
         super().__init__()
-        w, side = cfg.width, cfg.image_size // 16
+        self.cfg, w, side = cfg, cfg.width, cfg.image_size // 16
         layers = [nn.PixelUnshuffle(cfg.patch),
                   nn.Conv2d(cfg.image_channels * cfg.patch**2, w, 3, padding=1), nn.SiLU()]
         for i in range(halvings(cfg)):
             layers += [nn.Conv2d(2 * w if i else w, 2 * w, 3, 2, 1), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * w * side**2, 256), nn.SiLU(),
-                                 nn.Linear(256, 2 * cfg.latent_dim))
+                                 nn.Linear(256, max(2 * cfg.latent_dim, cfg.z_dim)))
 
     def forward(self, x):
-        return self.net(x).float().chunk(2, dim=1)                     # (B, D) each
+        h = self.net(x).float()                                        # (B, 2 D) or (B, D L)
+        return h.chunk(2, 1) if self.cfg.latent == "gaussian" else (
+            h.unflatten(1, (self.cfg.latent_dim, -1)),)
 
 def fourier(z):
     """z (B, D), its sines and cosines at 1/2, 1 and 2 periods a unit: (B, 7 D). Hues vary fast."""
@@ -133,7 +140,7 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         w, side = cfg.width, cfg.image_size // 16
-        self.latent = nn.Sequential(nn.Linear(7 * cfg.latent_dim, 256), nn.SiLU(),
+        self.latent = nn.Sequential(nn.Linear(7 * cfg.z_dim, 256), nn.SiLU(),
                                     nn.Linear(256, 256), nn.SiLU())
         layers = [nn.Linear(256, 2 * w * side**2), nn.SiLU(), nn.Unflatten(1, (2 * w, side, side))]
         for i in range(halvings(cfg)):
@@ -146,41 +153,46 @@ class Decoder(nn.Module):
         return self.head(self.net(emb), emb)
 
 class Prior(nn.Module):
-    """p(z|u): u (B, U) -> mean and log-variance of z, (B, D) each, float32.
+    """p(z|u): u (B, U) -> mean and log-variance of z, or logits of categories, as the encoder.
     known: z_i ~ N(m_i, s_i^2), factor i's own centre and scale read off u; nothing is learned.
+    L categories lie evenly over [-1, 1] and have that density's ratios.
     diagonal: one small network per latent i, which sees only u's entries for factor i. Under both,
-    latents without a factor, as all of a VAE's, get N(0, 1), and means are 0 if u has none.
-    full: one network over all of u, the paper's. Source: Khemakhem et al. 2020.
-    """
+    latents without a factor, as all of a VAE's, get N(0, 1), or equal chances, and means are 0 if
+    u has none. full: one network over all of u, the paper's. Source: Khemakhem et al. 2020."""
     def __init__(self, cfg, hidden=64):
         super().__init__()
-        self.centred, self.n_factors, self.dim = cfg.u == "var", cfg.n_factors, cfg.latent_dim
-        self.log_scale = math.log(cfg.u_scale)
-        k = min(cfg.n_factors, cfg.latent_dim)
-        self.kind, k = ("known", 0) if cfg.model == "vae" else (cfg.prior, k)
-        self.n_tied, entries = k, 1 if self.centred else 2             # entries of u per factor
-        if self.kind == "full":
-            self.net = nn.Sequential(nn.Linear(entries * cfg.n_factors, 2 * hidden), nn.SiLU(),
-                                     nn.Linear(2 * hidden, 2 * hidden), nn.SiLU(),
-                                     nn.Linear(2 * hidden, 2 * cfg.latent_dim))
-        elif self.kind == "diagonal":
-            self.net = nn.Sequential(nn.Conv1d(entries * k, hidden * k, 1, groups=k), nn.SiLU(),
-                                     nn.Conv1d(hidden * k, 2 * k, 1, groups=k))
+        self.cfg, self.kind = cfg, "known" if cfg.model == "vae" else cfg.prior
+        self.n_out, k = 2 if cfg.latent == "gaussian" else cfg.categories, 0     # n_out a latent
+        if cfg.model != "vae":
+            k = cfg.n_factors if self.kind == "full" else min(cfg.n_factors, cfg.latent_dim)
+        self.n_seen = k                                                # factors that it is told of
+        if self.kind != "known":
+            groups, n = (1, cfg.latent_dim) if self.kind == "full" else (k, k)   # n latents told
+            h, n_in = hidden * max(2, groups), k * (1 if cfg.u == "var" else 2)
+            self.net = nn.Sequential(nn.Conv1d(n_in, h, 1, groups=groups), nn.SiLU(),
+                                     nn.Conv1d(h, h, 1, groups=groups), nn.SiLU(),
+                                     nn.Conv1d(h, n * self.n_out, 1, groups=groups))
 
     def forward(self, u):
-        if self.kind == "full":
-            return self.net(u.float()).float().chunk(2, dim=1)
-        u = u.float().unflatten(1, (-1, self.n_factors))[:, :, :self.n_tied]  # (B, 1 or 2, tied)
-        if self.kind == "diagonal":
-            h = self.net(u.transpose(1, 2).flatten(1).unsqueeze(2))    # (B, 2 tied, 1)
-            mu, logvar = h.float().view(len(u), self.n_tied, 2).unbind(2)
+        u = u.float().unflatten(1, (-1, self.cfg.n_factors))[:, :, :self.n_seen]  # (B, 1 or 2, n)
+        mu = torch.zeros_like(u[:, 0]) if self.cfg.u == "var" else u[:, 1]     # (B, n)
+        logvar = (1 - u[:, 0]) * math.log(self.cfg.u_scale)            # u = 1 - 2 log s / log scale
+        if self.kind != "known":
+            h = self.net(u.transpose(1, 2).flatten(1).unsqueeze(2)).float()
+            h = h.view(len(u), -1, self.n_out)
+        elif self.cfg.latent == "gaussian":
+            h = torch.stack([mu, logvar], dim=2)
         else:
-            mu, logvar = u[:, -1], (1 - u[:, 0]) * self.log_scale      # u = 1 - 2 log s / log scale
-        free = (0, self.dim - self.n_tied)                             # N(0, 1) for the others
-        return F.pad(torch.zeros_like(mu) if self.centred else mu, free), F.pad(logvar, free)
+            grid = torch.linspace(-1, 1, self.n_out, device=u.device)
+            h = -0.5 * (grid - mu[:, :, None]).square() / logvar[:, :, None].exp()
+        h = F.pad(h, (0, 0, 0, self.cfg.latent_dim - h.shape[1]))      # (B, D, 2 or L)
+        if self.cfg.latent != "gaussian":
+            return h,
+        mu, logvar = h.unbind(dim=2)                                   # (B, D) each
+        fixed = self.cfg.u == "var" and self.kind == "diagonal"        # a mean of u would fold z
+        return torch.zeros_like(mu) if fixed else mu, logvar
 
 # ---- Score U-Net ----
-
 class ResBlock(nn.Module):
     """Residual block whose second group norm is scaled and shifted by the embedding of t and z."""
     def __init__(self, c_in, c_out, c_emb):
@@ -208,7 +220,7 @@ class ScoreUNet(nn.Module):
         self.patch, self.n_freq, c_emb, self.sde = cfg.patch, f // 2, 4 * f, VPSDE()
         self.predicts_x, self.sees_x_hat = cfg.predict == "x", cfg.condition == "z+decoder"
         self.time = nn.Sequential(nn.Linear(f, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.latent = nn.Sequential(nn.Linear(7 * cfg.latent_dim, c_emb), nn.SiLU(),
+        self.latent = nn.Sequential(nn.Linear(7 * cfg.z_dim, c_emb), nn.SiLU(),
                                     nn.Linear(c_emb, c_emb))
         c_seen = 2 * c if self.sees_x_hat else c
         self.conv_in = nn.Conv2d(c_seen * cfg.patch**2, f, 3, padding=1)
@@ -243,12 +255,10 @@ class ScoreUNet(nn.Module):
         return keep * x_t + (1 - keep) * h if self.predicts_x else h       # x_t if noise is faint
 
 # ---- VP-SDE and samplers ----
-
 class VPSDE:
     """Variance-preserving SDE, dx = -beta x/2 dt + sqrt(beta) dw, with beta linear in t in (0, 1].
     Its marginal is x_t = alpha x + sigma eps with alpha^2 + sigma^2 = 1 and eps ~ N(0, I). Methods
-    take t of any shape and return that shape. Source: Song et al. 2021, Eq. 11.
-    """
+    take t of any shape and return that shape. Source: Song et al. 2021, Eq. 11."""
     beta_min, beta_rise = 0.1, 19.9                                    # beta(0), beta(1) - beta(0)
 
     def beta(self, t):
@@ -328,8 +338,7 @@ def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
 @torch.no_grad()
 def sample_ddim(eps_fn, x, ts, sde, noise=None, *, eta=0.0):
     """DDIM, an ODE for eta = 0 and the ancestral sampler of DDPM for eta = 1; S calls of eps_fn.
-    Source: Song, Meng and Ermon 2021, Eq. 12 and 16.
-    """
+    Source: Song, Meng and Ermon 2021, Eq. 12 and 16."""
     if eta > 0:
         check_stochastic(noise, ts)
     for t, t_next in zip(ts[:-1], ts[1:]):
@@ -345,8 +354,7 @@ def sample_ddim(eps_fn, x, ts, sde, noise=None, *, eta=0.0):
 @torch.no_grad()
 def sample_heun(eps_fn, x, ts, sde, noise=None):
     """Probability-flow ODE by Heun's method, order 2; calls eps_fn 2S times. noise is not used.
-    Source: Song et al. 2021, Eq. 13, for the VP-SDE.
-    """
+    Source: Song et al. 2021, Eq. 13, for the VP-SDE."""
     def slope(x, t):
         return -0.5 * sde.beta(t) * (x - eps_fn(x, t.expand(len(x)).to(x)) / sde.sigma(t))
 
@@ -359,8 +367,7 @@ def sample_heun(eps_fn, x, ts, sde, noise=None):
 @torch.no_grad()
 def sample_dpmpp(eps_fn, x, ts, sde, noise=None):
     """Probability-flow ODE by DPM-Solver++(2M), order 2 on "logsnr" grids; S calls of eps_fn.
-    Its first step is DDIM. noise is not used. Source: Lu et al. 2022 (2211.01095), Alg. 2.
-    """
+    Its first step is DDIM. noise is not used. Source: Lu et al. 2022 (2211.01095), Alg. 2."""
     x0_prev = h_prev = None
     for t, t_next in zip(ts[:-1], ts[1:]):
         x0 = x0_from_eps(x, eps_fn(x, t.expand(len(x)).to(x)), t, sde)
@@ -379,31 +386,49 @@ def invert(eps_fn, x, ts, sde):
     return sample_dpmpp(eps_fn, x, ts.sort().values, sde)
 
 # ---- Losses ----
-
 def kl_loss(mu_q, logvar_q, mu_p, logvar_p):
     """KL(q(z|x) || p(z|u)) of diagonal Gaussians, in nats: sum over D, mean over B.
     All arguments: (B, D); logvar is the natural log of the variance. Returns shape ().
-    Source: L_KL of Eq. 2.
-    """
+    Source: L_KL of Eq. 2."""
     ratio = (logvar_q - logvar_p).exp() + (mu_q - mu_p).square() * (-logvar_p).exp()
     return 0.5 * (ratio - 1 - logvar_q + logvar_p).sum(dim=1).mean()
 
+def kl_categorical(q, p):
+    """KL of independent categorical latents, in nats, as kl_loss, of logits q and p (B, D, L)."""
+    q, p = q.log_softmax(dim=2), p.log_softmax(dim=2)
+    return (q.exp() * (q - p)).sum(dim=(1, 2)).mean()
+
+def sample_latents(q, kind, temperature):
+    """z (B, D) of q's mean and log-variance, or (B, D L) of its logits: relaxed one-hot codes, or
+    under "st" one-hot ones with the gradient of relaxed ones. Source: Jang et al. 2017."""
+    if kind == "gaussian":
+        return q[0] + (0.5 * q[1]).exp() * torch.randn_like(q[0])
+    return F.gumbel_softmax(*q, temperature, hard=kind == "st").flatten(1)
+
+def kl_terms(cfg, q, p):
+    """The terms of KL, a dict, from what encoder and prior return; see losses."""
+    q, p = ([share * h + (1 - share) * h.detach() for h in side]       # scales gradients alone
+            for side, share in ((q, 2 - 2 * cfg.kl_balance), (p, 2 * cfg.kl_balance)))
+    if cfg.latent == "gaussian":
+        kl, tie = kl_loss, kl_loss(q[0], p[1], *p)
+    else:
+        kl, tie = kl_categorical, -(q[0].softmax(2) * p[0].log_softmax(2)).sum((1, 2)).mean()
+    return {"kl": kl(*q, *p), "kl_reverse": kl(*p, *q), "kl_mean": tie}
+
 def losses(model, x, u, t, eps):
-    """The terms of Eq. 2, unweighted, as a dict of float32 scalars: ddpm, rec, kl, kl_mean.
+    """The terms of Eq. 2, unweighted, as a dict of float32 scalars: ddpm, rec, kl, and two more.
     x: (B, C, H, W); u: (B, U); t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all B
     images, the decoder the first cfg.rec_images, the U-Net the first b. "ddpm" (Eq. 3 with
-    lambda(t) = sigma^2) is the mean squared error of the noise estimate, or of what
-    cfg.weight names; without a U-Net or without t there is no such term. "kl_mean" is the part of
-    "kl" that the means make, half the sum of (mu_q - mu_p)^2 / var_p; it is not in the paper.
-    """
-    mu_q, logvar_q = model.encoder(x)                                  # (B, D) each
-    z = mu_q + (0.5 * logvar_q).exp() * torch.randn_like(mu_q)         # (B, D)
-    mu_p, logvar_p = model.prior(u)                                    # (B, D) each
+    lambda(t) = sigma^2) is the mean squared error of the noise estimate, or of what cfg.weight
+    names; without a U-Net or without t there is no such term. "kl_mean": half the sum of
+    (mu_q - mu_p)^2 / var_p, the means' part of KL, or categories' cross-entropy; "kl_reverse":
+    KL(p || q). """
+    q = model.encoder(x)
+    z = sample_latents(q, model.cfg.latent, model.temperature)         # (B, D) or (B, D L)
     r = model.cfg.rec_images or len(x)
     x_hat = model.decoder(z[:max(r, len(t))])                          # (max(r, b), C, H, W)
     terms = {"rec": (x_hat[:r] - x[:r]).square().mean(),
-             "kl": kl_loss(mu_q, logvar_q, mu_p, logvar_p),
-             "kl_mean": kl_loss(mu_q, logvar_p, mu_p, logvar_p)}
+             **kl_terms(model.cfg, q, model.prior(u))}
     if model.unet is not None and len(t):
         x, b, predict, weight = x[:len(t)], len(t), model.cfg.predict, model.cfg.weight
         alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (model.sde.alpha, model.sde.sigma))
@@ -415,32 +440,44 @@ def losses(model, x, u, t, eps):
     return terms
 
 # ---- The model and its checkpoint ----
-
 class IDiff(nn.Module):
     """The joint model of Eq. 2. cfg.model "vae" and "ivae" have no U-Net (unet is None)."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.info, self.sde = cfg, {}, VPSDE()
+        self.cfg, self.info, self.sde, self.temperature = cfg, {}, VPSDE(), 0.3   # of gumbel
         self.encoder, self.prior, self.decoder = Encoder(cfg), Prior(cfg), Decoder(cfg)
         self.unet = ScoreUNet(cfg) if cfg.model == "idiff" else None
 
     def encode(self, x):
-        """Mean and log-variance of q(z|x), (B, D) each, of images x (B, C, H, W) in [-1, 1]."""
+        """Mean and log-variance of q(z|x), (B, D) each, of images x (B, C, H, W) in [-1, 1].
+        Of categorical latents: the likeliest category's index, and the index's log-variance."""
         want = (self.cfg.image_channels, self.cfg.image_size, self.cfg.image_size)
         if x.dim() != 4 or x.shape[1:] != want:
             raise ValueError(f"images must be (B, {', '.join(map(str, want))}), got "
                              f"{tuple(x.shape)}. Resize them to what the model was trained on.")
-        return self.encoder(x)
+        if self.cfg.latent == "gaussian":
+            return self.encoder(x)
+        p, index = self.encoder(x)[0].softmax(dim=2), torch.arange(self.cfg.categories).to(x)
+        var = (p @ index**2 - (p @ index)**2).clamp(min=1e-12)         # (B, D)
+        return p.argmax(dim=2).to(x), var.log()
+
+    def one_hot(self, z):
+        """What the networks see of z (B, D): z itself, or its categories' one-hot codes."""
+        if self.cfg.latent == "gaussian":
+            return z
+        index = z.round().long().clamp(0, self.cfg.categories - 1)
+        return F.one_hot(index, self.cfg.categories).flatten(1).to(z)
 
     def decode(self, z):
         """The decoder's images (B, C, H, W) of latents z (B, D)."""
-        return self.decoder(z)
+        return self.decoder(self.one_hot(z))
 
     def eps_fn(self, z):
         """The noise estimate eps_fn(x, t) given latents z (B, D), for samplers and invert."""
         if self.unet is None:
             raise ValueError(f"model {self.cfg.model!r} has no diffusion U-Net to sample from. "
                              "Use decode, or train with --model idiff.")
+        z = self.one_hot(z)
         x_hat = self.decoder(z)
         def eps_fn(x, t):
             alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (self.sde.alpha, self.sde.sigma))
@@ -452,8 +489,7 @@ class IDiff(nn.Module):
     @torch.no_grad()
     def sample(self, z, start, steps=20, sampler="dpmpp", noise=None):
         """Images (B, C, H, W) in [-1, 1] from latents z (B, D) and start, the noise at t = 1.
-        steps: on a grid uniform in log-SNR; noise: for stochastic samplers, see seeded_noise.
-        """
+        steps: on a grid uniform in log-SNR; noise: for stochastic samplers, see seeded_noise."""
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
         eps_fn, ts = self.eps_fn(z), time_grid(steps, self.sde).to(start)
@@ -481,9 +517,8 @@ def read_checkpoint(path, device="cpu"):
     except Exception as error:                                         # many kinds, none the user's
         raise ValueError(f"'{path}' is not an iDiff checkpoint or is damaged "
                          f"({type(error).__name__}). Train it again, or pass another.") from None
-    missing = {"format", "config", "info", "model", "ema"} - set(
-        content if isinstance(content, dict) else ())
-    if missing:
+    keys = set(content) if isinstance(content, dict) else set()
+    if missing := {"format", "config", "info", "model", "ema"} - keys:
         raise ValueError(f"'{path}' is not an iDiff checkpoint: it lacks {sorted(missing)}.")
     if content["format"] != CHECKPOINT_FORMAT:
         raise ValueError(f"'{path}' has checkpoint format {content['format']!r}, not "
@@ -503,7 +538,6 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device).eval().requires_grad_(False)
 
 # ---- Data ----
-
 # Cube, cylinder, sphere, capsule: within radius of a core. (half width, half height, radius)
 SHAPES = ((0.46, 0.46, 0.03), (0.46, 0.46, 0.03), (0.0, 0.0, 0.56), (0.0, 0.24, 0.40))
 LIGHT = torch.tensor([-0.34, -0.49, 0.80])[:, None]          # unit vector towards the light
@@ -565,8 +599,7 @@ def render_object(eye, ray, shape):
 
 def render_shapes3d(size=64, device="cpu"):
     """Shade of floor, walls and object, and white light, (480, 4, size, size) uint8.
-    480 geometries: 8 scales, 4 shapes, 15 orientations, row-major. Sphere tracing (Hart 1996).
-    """
+    480 geometries: 8 scales, 4 shapes, 15 orientations, row-major. Sphere tracing (Hart 1996)."""
     eyes, rays = camera_rays(torch.linspace(-30, 30, 15).deg2rad(), 2 * size)
     point, on_floor, room = render_room(eyes, rays)
     empty = torch.stack((room * on_floor, room * ~on_floor, 0 * room, 0 * room))  # (4, A, P)
@@ -586,24 +619,6 @@ def render_shapes3d(size=64, device="cpu"):
         image = F.avg_pool2d(image, 2).clamp(0, 1).mul(255).round().to(torch.uint8)
         planes.append(image.unflatten(0, (8, 15)))
     return torch.stack(planes, dim=1).flatten(0, 2).to(device)
-
-def compose_dsprites(factors, size=64):
-    """Images (B, 1, size, size), only -1 and 1, of class indices (B, 6) int64, as in dSprites.
-    Shapes are square, ellipse and heart; orientation 39 equals 0; no sprite leaves the image.
-    """
-    _, shape, scale, turn, x, y = factors[..., None, None].unbind(dim=1)          # (B, 1, 1)
-    pixel = (torch.arange(size, device=factors.device) + 0.5) * (64 / size) - 0.5
-    right, up = pixel - 16 - x, 16 + y - pixel[:, None]      # from the sprite's centre
-    # Half width, half height, and bend, which pulls an ellipse's sides up to make a heart.
-    sprites = torch.tensor([[9.5, 9.5, 0], [12, 7, 0], [11, 9, 0.7]], device=factors.device)
-    width, height, bend = sprites[shape].unbind(dim=-1)
-    angle, grow = turn % 39 * (2 * math.pi / 39), 0.5 + scale / 10
-    cos, sin = angle.cos() / grow, angle.sin() / grow
-    a = right * (cos / width) + up * (sin / width)           # (B, size, size), sprite's axes
-    b = up * (cos / height) - right * (sin / height)
-    heart = b - bend * (a.abs() - 0.16)
-    inside = torch.where(shape == 0, torch.maximum(a.abs(), b.abs()), a * a + heart * heart) < 1
-    return inside[:, None].float() * 2 - 1
 
 class Data:
     """Images on a device, by row, and the modulated draw of rows and u.
@@ -635,8 +650,7 @@ class Data:
         """Rows (n,) of one modulated draw, and u (n, U).
         Each draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, 0 or, with
         "mean+var", uniform in [-1, 1]. A value g, of the factor's grid over [-1, 1], has
-        probability ∝ exp(-((g - m) / s)^2 / 2). u: log s scaled to [-1, 1], then any m.
-        """
+        probability ∝ exp(-((g - m) / s)^2 / 2). u: log s scaled to [-1, 1], then any m."""
         noise = torch.rand(2, n, len(self.sizes), generator=generator, device=self.device)
         unit, log_s = 2 * noise - 1, noise[0] * math.log(u_scale)
         m = unit[1] if u == "mean+var" else torch.zeros_like(unit[1])  # (n, K)
@@ -680,9 +694,24 @@ def load_shapes3d(device):
     return Data("shapes3d replica", SHAPES3D, (3, 64, 64), compose, device)
 
 def load_dsprites(device):
-    """The embedded replica of dSprites (Matthey et al. 2017): 737,280 images, none stored."""
-    data = Data("dsprites replica", DSPRITES, (1, 64, 64), None, device)
-    data.images = lambda rows: compose_dsprites(data.factors(rows))
+    """The embedded replica of dSprites (Matthey et al. 2017): 737,280 images, only -1 and 1.
+    Shapes are square, ellipse and heart; orientation 39 equals 0; no sprite leaves the image."""
+    # Half width, half height, and bend, which pulls an ellipse's sides up to make a heart.
+    sprites = torch.tensor([[9.5, 9.5, 0], [12, 7, 0], [11, 9, 0.7]], device=device)
+    pixel = torch.arange(64, device=device)
+
+    def compose(rows):
+        _, shape, scale, turn, x, y = data.factors(rows)[..., None, None].unbind(1)  # (B, 1, 1)
+        right, up = pixel - 16 - x, 16 + y - pixel[:, None]            # from the sprite's centre
+        width, height, bend = sprites[shape].unbind(dim=-1)
+        angle, grow = turn % 39 * (2 * math.pi / 39), 0.5 + scale / 10
+        cos, sin = angle.cos() / grow, angle.sin() / grow
+        a = right * (cos / width) + up * (sin / width)                 # (B, 64, 64), sprite's axes
+        b = up * (cos / height) - right * (sin / height)
+        heart = b - bend * (a.abs() - 0.16)
+        inside = torch.where(shape == 0, torch.maximum(a.abs(), b.abs()), a * a + heart * heart) < 1
+        return inside[:, None].float() * 2 - 1
+    data = Data("dsprites replica", DSPRITES, (1, 64, 64), compose, device)
     return data
 
 def check_memory(path, need, device):
@@ -696,7 +725,7 @@ def check_memory(path, need, device):
                           f"GiB are free on {device}. Free some, or take a smaller file.")
 
 def read_arrays(path, device, progress):
-    """images (N, H, W[, C]) uint8, factors (N, K) and the latter's name, from .h5 or .npz."""
+    """images (N, H, W[, C]) uint8 and factors (N, K) of an .h5 or .npz file."""
     with open(path, "rb") as file:
         is_h5 = file.read(8) == b"\x89HDF\r\n\x1a\n"                   # the content decides
     if is_h5:
@@ -716,17 +745,17 @@ def read_arrays(path, device, progress):
             source, images = images, np.empty(images.shape, np.uint8)
             for i in progress(range(0, len(images), 4096), desc="reading images"):
                 source.read_direct(images, np.s_[i:i + 4096], np.s_[i:i + 4096])
-    return images, factors, key
+    if key == "latents_classes" and images.max(initial=0) <= 1:
+        images *= 255                                                  # dSprites stores 0 and 1
+    return images, factors
 
 def load_file(path, device, progress):
     """Data of the real 3dshapes.h5, the real dSprites .npz, or a file of one's own."""
-    images, labels, key = read_arrays(path, device, progress)
+    images, labels = read_arrays(path, device, progress)
     images = images.reshape(*images.shape[:3], -1)                     # (N, H, W, C)
     if len(images) != len(labels) or not labels.size or not np.isfinite(labels).all():
         raise ValueError(f"needs a row of finite factors per image, got {len(images)} images and "
                          f"factors {labels.shape}")
-    if key == "latents_classes":
-        images *= 255                                                  # dSprites stores 0 and 1
     values, index = zip(*(np.unique(column, return_inverse=True) for column in labels.T))
     sizes, factors = tuple(map(len, values)), torch.from_numpy(np.stack(index, axis=1))
     names = next((known for known in (SHAPES3D, DSPRITES) if tuple(known.values()) == sizes),
@@ -748,22 +777,19 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
                                 "of an .h5 or .npz file.")
     try:
         return load_file(name, device, progress)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile,
-            zlib.error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:                                         # many kinds, as of formats
         reason = " ".join(str(error).split())
         raise ValueError(f"'{name}' cannot be used as data: {reason}") from None
 
 def save_grid(file, images, rows, columns):
     """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""
     from matplotlib.figure import Figure
-    try:
-        from torchvision.utils import make_grid
-    except (ImportError, RuntimeError) as error:
-        raise ImportError("no picture drawn, torchvision cannot be imported; install it together "
-                          f"with torch, as a matching pair: {error}") from None
     n, m = len(columns), len(rows)
-    grid = make_grid(images.float().cpu() / 2 + 0.5, n, padding=2, pad_value=1).clamp(0, 1)
-    grid = (grid * 255).round().byte().permute(1, 2, 0).numpy()        # (height, width, 3)
+    grid = F.pad((images.float().cpu() * 127.5 + 127.5).clamp(0, 255), (1, 1, 1, 1), value=255)
+    grid = grid.expand(-1, 3, -1, -1).unflatten(0, (m, n)).permute(0, 3, 1, 4, 2)
+    grid = grid.flatten(0, 1).flatten(1, 2).round().byte().numpy()     # (height, width, 3)
     size = np.array(grid.shape[1::-1]) * max(1, round(128 / images.shape[-1]))
     axis = Figure(size / 100, dpi=100).add_axes((0, 0, 1, 1), frame_on=False)
     axis.imshow(grid, interpolation="nearest", aspect="auto", extent=(0, n, m, 0))

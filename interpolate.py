@@ -181,7 +181,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         run(args)
-    except (OSError, ValueError, MemoryError, ImportError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"interpolate.py: {' '.join(str(error).split())}") from None
 
 if __name__ == "__main__":

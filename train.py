@@ -36,7 +36,7 @@ PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_mean=0.0
 def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, usage="python train.py [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=110))
     run = parser.add_argument_group("the run")
     run.add_argument("--data",
                      help="shapes3d, dsprites, or a path to .h5 or .npz (default: shapes3d)")
@@ -139,9 +139,11 @@ def train_step(cfg, model, ema, optimizer, batch, step):
     """One optimiser step on Eq. 2 (and kl_mean); returns the terms and the gradient's norm."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
+    model.temperature = 0.3 ** (step / cfg.steps)         # from 1 down to 0.3, for --latent gumbel
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
         terms = losses(model, *batch)
-    loss = (terms.get("ddpm", 0) + cfg.rec * terms["rec"] + kl_weight(cfg, step) * terms["kl"]
+    kl = terms["kl"] + cfg.kl_reverse * terms["kl_reverse"]
+    loss = (terms.get("ddpm", 0) + cfg.rec * terms["rec"] + kl_weight(cfg, step) * kl
             + cfg.kl_mean * terms["kl_mean"])
     optimizer.zero_grad()
     loss.backward()
@@ -298,10 +300,7 @@ def finish(cfg, data, out, ema):
     print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
           f"KL {result['kl']:.1f} nats), averaged weights, 4,096 modulated draws")
     draw_curves(out)
-    try:
-        draw_samples(out, model, data)
-    except ImportError as error:
-        print(error, file=sys.stderr)
+    draw_samples(out, model, data)
     print(f"Next:\n  python evaluate.py {out}/ckpt.pt\n  python interpolate.py {out}/ckpt.pt")
 
 def resume(args, device):

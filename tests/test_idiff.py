@@ -270,7 +270,7 @@ def stub(predict="eps", weight="eps", unet=lambda x_t, t, z, x_hat: 0 * x_t, dec
     def encoder(x):
         mu = x.mean(dim=(1, 2, 3))[:, None].repeat(1, 3)
         return mu, torch.full_like(mu, -60.0)
-    return SimpleNamespace(cfg=Config(predict=predict, weight=weight, **SMALL), sde=VPSDE(),
+    return SimpleNamespace(cfg=Config(predict=predict, weight=weight, **SMALL), sde=VPSDE(), temperature=1.0,
                            encoder=encoder, prior=lambda u: (u, torch.zeros_like(u)), unet=unet,
                            decoder=decoder or (lambda z: torch.zeros(len(z), 3, 16, 16)))
 

@@ -255,15 +255,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     assert all(math.isfinite(v) for r in steps_of(tmp_path) for v in r.values())
 
 
-def test_a_broken_torchvision_costs_only_the_picture(tiny_npz, tmp_path, monkeypatch, capsys):
-    for name in ("torchvision", "torchvision.utils"):
-        monkeypatch.setitem(sys.modules, name, None)                   # importing it now fails
-    train.main([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(tmp_path)])
-    shown = capsys.readouterr()
-    assert len([line for line in shown.err.splitlines() if "torchvision" in line]) == 1
-    assert "evaluate.py" in shown.out and (tmp_path / "ckpt.pt").is_file()
-
-
 # ---- bad input ----
 
 
