@@ -18,7 +18,6 @@ reconstruction losses are means over batch, channels and pixels; KL is a sum ove
 over the batch. Shape letters: B batch, C image channels, H W pixels, F features, D latents, U
 entries of u, E embedding, K factors, N images, S sampler steps. Images lie in [-1, 1].
 """
-
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -94,8 +93,7 @@ class Config:
 
 # ---- iVAE: encoder, conditional prior, decoder ----
 def halvings(cfg):
-    """How many stride-2 convolutions lead from the stem's resolution to image_size / 16."""
-    return int(math.log2(16 // cfg.patch))
+    return int(math.log2(16 // cfg.patch))       # from the stem's resolution to image_size / 16
 
 class Encoder(nn.Module):
     """q(z|x): (B, C, H, W) -> mean and log-variance of z, (B, D) each, float32; or, if latents are
@@ -111,9 +109,8 @@ class Encoder(nn.Module):
                                  nn.Linear(256, max(2 * cfg.latent_dim, cfg.z_dim)))
 
     def forward(self, x):
-        h = self.net(x).float()                                        # (B, 2 D) or (B, D L)
-        return h.chunk(2, 1) if self.cfg.latent == "gaussian" else (
-            h.unflatten(1, (self.cfg.latent_dim, -1)),)
+        h, d = self.net(x).float(), self.cfg.latent_dim                # h: (B, 2 D) or (B, D L)
+        return h.chunk(2, 1) if self.cfg.latent == "gaussian" else (h.unflatten(1, (d, -1)),)
 
 def fourier(z):
     """z (B, D), its sines and cosines at 1/2, 1 and 2 periods a unit: (B, 7 D). Hues vary fast."""
@@ -154,11 +151,11 @@ class Decoder(nn.Module):
 
 class Prior(nn.Module):
     """p(z|u): u (B, U) -> mean and log-variance of z, or logits of categories, as the encoder.
-    known: z_i ~ N(m_i, s_i^2), factor i's own centre and scale read off u; nothing is learned.
-    L categories lie evenly over [-1, 1] and have that density's ratios.
-    diagonal: one small network per latent i, which sees only u's entries for factor i. Under both,
-    latents without a factor, as all of a VAE's, get N(0, 1), or equal chances, and means are 0 if
-    u has none. full: one network over all of u, the paper's. Source: Khemakhem et al. 2020."""
+    known: z_i ~ N(m_i, s_i^2), factor i's own centre and scale read off u, nothing learned; its
+    density at L places over [-1, 1] for categories. diagonal: a small network per latent i sees
+    u's entries for factor i alone. Under both, latents without a factor, as all of a VAE's, get
+    N(0, 1), or equal chances, and means are 0 if u has none. full: one network over all of u, the
+    paper's. Source: Khemakhem et al. 2020."""
     def __init__(self, cfg, hidden=64):
         super().__init__()
         self.cfg, self.kind = cfg, "known" if cfg.model == "vae" else cfg.prior
@@ -398,9 +395,15 @@ def kl_categorical(q, p):
     q, p = q.log_softmax(dim=2), p.log_softmax(dim=2)
     return (q.exp() * (q - p)).sum(dim=(1, 2)).mean()
 
+def moments(logits):
+    """Mean and log-variance of the index (B, D), scaled to [-1, 1], that logits (B, D, L) have."""
+    p, grid = logits.softmax(dim=2), torch.linspace(-1, 1, logits.shape[2], device=logits.device)
+    mean = p @ grid                                                    # (B, D)
+    return mean, (p @ grid.square() - mean.square()).clamp(min=1e-6).log()
+
 def sample_latents(q, kind, temperature):
-    """z (B, D) of q's mean and log-variance, or (B, D L) of its logits: relaxed one-hot codes, or
-    under "st" one-hot ones with the gradient of relaxed ones. Source: Jang et al. 2017."""
+    """z (B, D) of q's mean and log-variance, or (B, D L) of its logits: relaxed one-hot codes;
+    under "st" one-hot codes with the relaxed ones' gradient. Source: Jang et al. 2017."""
     if kind == "gaussian":
         return q[0] + (0.5 * q[1]).exp() * torch.randn_like(q[0])
     return F.gumbel_softmax(*q, temperature, hard=kind == "st").flatten(1)
@@ -410,19 +413,19 @@ def kl_terms(cfg, q, p):
     q, p = ([share * h + (1 - share) * h.detach() for h in side]       # scales gradients alone
             for side, share in ((q, 2 - 2 * cfg.kl_balance), (p, 2 * cfg.kl_balance)))
     if cfg.latent == "gaussian":
-        kl, tie = kl_loss, kl_loss(q[0], p[1], *p)
+        kl, (mu_q, _), (mu_p, logvar_p) = kl_loss, q, p
     else:
-        kl, tie = kl_categorical, -(q[0].softmax(2) * p[0].log_softmax(2)).sum((1, 2)).mean()
-    return {"kl": kl(*q, *p), "kl_reverse": kl(*p, *q), "kl_mean": tie}
+        kl, (mu_q, _), (mu_p, logvar_p) = kl_categorical, moments(*q), moments(*p)
+    return {"kl": kl(*q, *p), "kl_reverse": kl(*p, *q),
+            "kl_mean": kl_loss(mu_q, logvar_p, mu_p, logvar_p)}
 
 def losses(model, x, u, t, eps):
     """The terms of Eq. 2, unweighted, as a dict of float32 scalars: ddpm, rec, kl, and two more.
     x: (B, C, H, W); u: (B, U); t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all B
     images, the decoder the first cfg.rec_images, the U-Net the first b. "ddpm" (Eq. 3 with
     lambda(t) = sigma^2) is the mean squared error of the noise estimate, or of what cfg.weight
-    names; without a U-Net or without t there is no such term. "kl_mean": half the sum of
-    (mu_q - mu_p)^2 / var_p, the means' part of KL, or categories' cross-entropy; "kl_reverse":
-    KL(p || q). """
+    names; without a U-Net or without t there is no such term. "kl_mean" is the part of KL that
+    means make, half the sum of (mu_q - mu_p)^2 / var_p; "kl_reverse" is KL(p || q)."""
     q = model.encoder(x)
     z = sample_latents(q, model.cfg.latent, model.temperature)         # (B, D) or (B, D L)
     r = model.cfg.rec_images or len(x)
@@ -457,9 +460,9 @@ class IDiff(nn.Module):
                              f"{tuple(x.shape)}. Resize them to what the model was trained on.")
         if self.cfg.latent == "gaussian":
             return self.encoder(x)
-        p, index = self.encoder(x)[0].softmax(dim=2), torch.arange(self.cfg.categories).to(x)
-        var = (p @ index**2 - (p @ index)**2).clamp(min=1e-12)         # (B, D)
-        return p.argmax(dim=2).to(x), var.log()
+        logits, = self.encoder(x)
+        scale = 2 * math.log((self.cfg.categories - 1) / 2)            # from [-1, 1] to indices
+        return logits.argmax(dim=2).to(x), moments(logits)[1] + scale
 
     def one_hot(self, z):
         """What the networks see of z (B, D): z itself, or its categories' one-hot codes."""
@@ -623,8 +626,7 @@ def render_shapes3d(size=64, device="cpu"):
 class Data:
     """Images on a device, by row, and the modulated draw of rows and u.
     sizes: {factor's name: how many values}; images: function rows (B,) -> (B, C, H, W) in [-1, 1];
-    factors: (N, K) int64, one row per image, or None for the full factor grid in row-major order.
-    """
+    factors: (N, K) int64, one row per image, or None for the full factor grid, row-major."""
     def __init__(self, name, sizes, image_shape, images, device, factors=None):
         self.name, self.factor_names, self.factor_sizes = name, tuple(sizes), tuple(sizes.values())
         self.image_shape, self.images, self.device, self.table = image_shape, images, device, None
@@ -767,8 +769,7 @@ def load_file(path, device, progress):
 def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs: iterable):
     """The Data of a name ("shapes3d", "dsprites": embedded replicas) or of an .h5 or .npz file.
     Files: the real 3dshapes.h5, the real dSprites .npz, or one's own images (N, H, W, C) uint8 and
-    factors (N, K). progress: wraps iterables, as tqdm. FileNotFoundError, ValueError, MemoryError.
-    """
+    factors (N, K). progress wraps iterables, as tqdm. OSError, ValueError, MemoryError."""
     device = torch.device(device)
     if name in ("shapes3d", "dsprites"):
         return load_shapes3d(device) if name == "shapes3d" else load_dsprites(device)
