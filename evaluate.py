@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: MIT
 """How disentangled is a code? MIG (Eq. 1), MCC, DCI and modularity, with a report and pictures.
 
-    python evaluate.py runs/NAME/ckpt.pt         # one report; many checkpoints: the paper's tables
-    python evaluate.py codes.npz                 # codes of your own: arrays codes and factors
+    python evaluate.py runs/NAME/ckpt.pt                 # a report; many: the paper's tables
+    python evaluate.py runs/NAME/ckpt.pt --generate 200  # and how good generated images are
 
 The metrics take codes (N, D) and factors (N, K), torch or numpy, as in disentanglement_lib. What is
-undefined is NaN, with a warning; bad input a ValueError. One outlier squeezes a latent's bins.
-MIG: Chen et al. 2018; MCC: Hyvarinen & Morioka 2016; DCI: Eastwood & Williams 2018; modularity:
-Ridgeway & Mozer 2018; FactorVAE score: Kim & Mnih 2018.
+undefined is NaN, with a warning; bad input a ValueError. MIG: Chen et al. 2018; MCC: Hyvarinen &
+Morioka 2016; DCI: Eastwood & Williams 2018; modularity: Ridgeway & Mozer 2018; FactorVAE score:
+Kim & Mnih 2018.
 """
 import argparse
 import hashlib
 import json
 import os
 import warnings
+from collections import defaultdict
 from contextlib import suppress
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from idiff import load_checkpoint, load_data
+from idiff import (Config, Encoder, invert, load_checkpoint, load_data, sample_dpmpp, seeded_noise,
+                   time_grid)
 
 load_data = lru_cache(load_data)      # one load for many checkpoints
 N_SCORES, N_DCI = 10_000, 15_000      # rows of the standard; two thirds of DCI's train
@@ -30,28 +31,26 @@ NAMES = {"mig": "discrete MIG", "mcc": "Spearman MCC", "disentanglement": "disen
          "modularity": "modularity", "completeness": "completeness", "factorvae": "FactorVAE score",
          "informativeness": "informativeness", "linear_r2": "linear-probe R²"}
 FOUR = list(NAMES)[:4]                # the paper's, in its order
-MODELS = {"vae": "VAE", "ivae": "iVAE", "idiff": "iVAE + DDPM", "codes": "codes"}
+MODELS = {"vae": "VAE", "ivae": "iVAE", "idiff": "iVAE + DDPM"}
 PAPER = {                                        # Tables 2 and 3: mean ± std / max
     "VAE": "0.06 ± 0.04 / 0.14, 0.20 ± 0.13 / 0.49, 0.09 ± 0.09 / 0.26, 0.51 ± 0.25 / 0.87",
     "iVAE": "0.19 ± 0.07 / 0.34, 0.19 ± 0.09 / 0.39, 0.11 ± 0.10 / 0.30, 0.41 ± 0.12 / 0.63",
     "iVAE + DDPM": "0.16 ± 0.10 / 0.39, 0.23 ± 0.14 / 0.51, 0.13 ± 0.11 / 0.39, 0.45 ± 0.23 / 0.77",
     "all seeds": "0.26 ± 0.09 / 0.34, 0.11 ± 0.08 / 0.21, 0.13 ± 0.11 / 0.25, 0.35 ± 0.11 / 0.47",
-    "best": "0.39, 0.21, 0.21, 0.39", "codes": "-, -, -, -"}
+    "best": "0.39, 0.21, 0.21, 0.39"}
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, devices = parser.add_argument, ["cuda"] * torch.cuda.is_available() + ["cpu"]
-    add("paths", nargs="+", type=Path, help="checkpoints, or .npz with arrays codes and factors")
-    add("--n", type=lambda n: 10**9 if n == "all" else max(3, int(n)), default=N_DCI,
-        help="images to encode, or all; of 15,000, MIG, MCC and modularity use 10,000")
+    add("paths", nargs="+", type=Path, help="checkpoints of train.py")
+    add("--n", type=int, default=N_DCI, help="images to encode; 10,000 of 15,000 for all but DCI")
+    add("--generate", type=int, default=0, metavar="N", help="images to generate and to judge")
     add("--no-dci", action="store_true", help="skip DCI, which takes minutes")
-    add("--sampled", action="store_true", help="score samples of q(z|x) in place of its means")
     add("--seed", type=int, default=0, help="seed of rows, samples and trees")
     add("--data", help="name or path of the data, if not those the model was trained on")
     add("--device", choices=devices, default=devices[0], help="runs the encoder")
     add("--fresh", action="store_true", help="compute anew what metrics.json already holds")
-    add("--out", type=Path, help="folder of the tables over many files, if not their common parent")
     return parser
 
 # ---- Metrics ----
@@ -75,34 +74,28 @@ def varying(factors):
         warnings.warn(f"factor {j} is constant: left out of every mean.", stacklevel=3)
     return np.ptp(factors, axis=0) > 0
 
-def undefined(metric, wanted):
-    """NaN, and a warning that says which number is undefined and why."""
-    warnings.warn(f"{metric} is undefined: it needs {wanted}.", stacklevel=3)
-    return float("nan")
-
-def mean_of(values, metric):
-    """Mean over the factors that vary, those whose value is not NaN."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else undefined(metric, "a varying factor")
+def mean_of(values, metric, wanted="a varying factor"):
+    """Mean of the values that are not NaN; NaN and a warning if there are none."""
+    values = np.asarray(values)[~np.isnan(values)]
+    if not len(values):
+        warnings.warn(f"{metric} is undefined: it needs {wanted}.", stacklevel=3)
+    return float(values.mean()) if len(values) else float("nan")
 
 def mutual_information(codes, factors, n_bins=20):
     """I(z_i; y_j) in nats, (D, K), each latent in equal bins between its minimum and maximum."""
     codes, factors = as_arrays(codes, factors)
-    edges = np.linspace(codes.min(axis=0), codes.max(axis=0), n_bins + 1)[:-1]   # last bin closed
-    bins = np.stack([n_bins * i - 1 + np.searchsorted(edges[:, i], z, side="right")
-                     for i, z in enumerate(codes.T)], axis=1)
     mi = np.zeros((codes.shape[1], factors.shape[1]))
-    for j, y in enumerate(factors.T):
-        shape = len(mi), n_bins, y.max() + 1
-        flat = (bins * shape[2] + y[:, None]).ravel()
-        p = np.bincount(flat, minlength=np.prod(shape)).reshape(shape) / len(y)
-        q = p.sum(axis=2, keepdims=True) * p.sum(axis=1, keepdims=True)  # were they independent
-        mi[:, j] = (p * np.log(np.divide(p, q, out=np.ones(shape), where=p > 0))).sum(axis=(1, 2))
+    for row, z in zip(mi, codes.T):
+        edges = np.linspace(z.min(), z.max(), n_bins + 1)[:-1]           # last bin closed
+        bins = np.searchsorted(edges, z, side="right")[:, None] - 1
+        both = bins * (factors.max(axis=0) + 1) + factors
+        row[:] = entropies(bins) + entropies(factors) - entropies(both)
     return np.where(mi < 1e-12, 0, mi)           # rounding residue of a dead latent is no score
 
-def entropies(factors):
-    """H(y_j) in nats, (K,), of factors re-indexed to 0, 1, ..."""
-    return np.array([-(p * np.log(p)).sum() for p in (np.bincount(y) / len(y) for y in factors.T)])
+def entropies(columns):
+    """H of each column of whole numbers from 0 on, in nats, (K,)."""
+    from scipy.special import entr               # entr(0) is 0
+    return np.array([entr(np.bincount(y) / len(y)).sum() for y in columns.T])
 
 def mig_per_factor(codes, factors):
     """(I_1 - I_2) / H of each factor's two best latents, (K,), Eq. 1; I_2 = 0 if there is one."""
@@ -118,9 +111,9 @@ def correlation(codes, factors):
     """|Spearman's rho|, (D, K), with average ranks for ties; 0 with a constant column."""
     from scipy.stats import rankdata
     d, ranks = np.shape(codes)[1], rankdata(np.hstack(as_arrays(codes, factors)), axis=0)
-    with np.errstate(invalid="ignore"):
-        corr = np.corrcoef(ranks, rowvar=False)[:d, d:]
-    return np.nan_to_num(np.abs(corr))
+    ranks = ranks - ranks.mean(axis=0)
+    ranks /= np.linalg.norm(ranks, axis=0).clip(1e-9)
+    return np.abs(ranks[:, :d].T @ ranks[:, d:])
 
 def match(corr):
     """Row and column indices of the one-to-one pairs with the largest sum of corr (D, K)."""
@@ -132,13 +125,13 @@ def mcc(codes, factors):
     codes, factors = as_arrays(codes, factors)
     corr = correlation(codes, factors)[:, varying(factors)]
     if not corr.size:
-        return undefined("MCC", "a varying factor")
+        return mean_of([], "MCC")
     return float(corr[match(corr)].sum() / corr.shape[1])   # iVAE's code divides by min(D, K)
 
 def modularity_of_information(mi):
     """Modularity of a matrix (D, K) of mutual information. A latent that knows nothing scores 0."""
     if mi.shape[1] < 2:
-        return undefined("modularity", "two varying factors")
+        return mean_of([], "modularity", "two varying factors")
     live = mi.max(axis=1) > 0
     scaled = mi / np.where(live, mi.max(axis=1), 1)[:, None]
     return float(np.mean(live - (np.square(scaled).sum(axis=1) - live) / (mi.shape[1] - 1)))
@@ -155,7 +148,7 @@ def dci_of_importance(importance):
                             ("completeness", importance.T, "two latents")):
         p = (r + 1e-11) / (r + 1e-11).sum(axis=1, keepdims=True)         # avoids 0 ln 0
         order = 1 + (p * np.log(p)).sum(axis=1) / np.log(max(p.shape[1], 2))
-        scores[name] = (undefined(name, wanted) if p.shape[1] < 2 or not p.size else
+        scores[name] = (mean_of([], name, wanted) if p.shape[1] < 2 or not p.size else
                         float(r.sum(axis=1) / (r.sum() or 1) @ order))
     return scores
 
@@ -189,13 +182,11 @@ def factorvae_score(codes, factors, seed=0, n_train=10_000, n_test=5_000, batch=
     if not codes.size or not mask.any():
         return mean_of(np.zeros(mask.sum()), "FactorVAE score")
     factor = rng.choice(np.flatnonzero(mask), n_train + n_test)
+    rows = [[np.flatnonzero(y == v) for v in range(y.max() + 1)] for y in factors.T]
     latent, ballots = np.zeros_like(factor), np.zeros((codes.shape[1], len(mask)))
-    for j in np.unique(factor):
-        votes, order = np.flatnonzero(factor == j), np.argsort(factors[:, j])
-        value = rng.integers(0, factors[:, j].max() + 1, (len(votes), 1))
-        first, last = (np.searchsorted(factors[order, j], value + i) for i in (0, 1))
-        batches = codes[order[rng.integers(first, last, (len(votes), batch))]]
-        latent[votes] = batches.var(axis=1).argmin(axis=1)
+    for vote, j in enumerate(factor):
+        same = rng.choice(rows[j][rng.integers(len(rows[j]))], batch)
+        latent[vote] = codes[same].var(axis=0).argmin()
     np.add.at(ballots, (latent[:n_train], factor[:n_train]), 1)
     return float((ballots.argmax(axis=1)[latent] == factor)[n_train:].mean())
 
@@ -204,23 +195,20 @@ def linear_r2(codes, factors, seed=0):
     codes, factors = as_arrays(codes, factors)
     order, split = np.random.default_rng(seed).permutation(len(codes)), 2 * len(codes) // 3
     x, y = np.insert(codes - codes.mean(axis=0), 0, 1, axis=1)[order], factors[order]
-    error = (y - x @ np.linalg.lstsq(x[:split], y[:split], rcond=None)[0])[split:]
-    total = y[split:].var(axis=0)
-    return 1 - np.square(error).mean(axis=0) / np.where(total > 0, total, np.nan)
+    error = np.square(y - x @ np.linalg.lstsq(x[:split], y[:split], rcond=None)[0])[split:]
+    total = np.where(np.ptp(y[split:], axis=0) > 0, y[split:].var(axis=0), np.nan)
+    return 1 - error.mean(axis=0) / total
 
-# ---- Codes of a checkpoint or a file ----
+# ---- Codes of a checkpoint ----
 @torch.no_grad()
-def encode(model, data, rows, args):
-    """Codes as args has them, and one seeded sample of q(z|x), of the images in rows: (N, D)."""
-    generator, parts = torch.Generator(data.device).manual_seed(args.seed), []
-    for part in tqdm(rows.split(500), "encoding, 500 images each", disable=None, leave=False):
-        mean, logvar = model.encode(data.images(part))
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        parts.append(torch.stack([mean, mean + (0.5 * logvar).exp() * noise]).double().cpu())
-    mean, sample = torch.cat(parts, dim=1).numpy()
-    if not np.isfinite(sample).all():
-        raise ValueError("the encoder's output holds NaN or inf: its training diverged.")
-    return sample if args.sampled else mean, sample
+def encode(model, data, rows, seed):
+    """Means of q(z|x) and one sample of each, of the images in rows: (N, D) twice."""
+    parts = tqdm(rows.split(500), "encoding, 500 images each", disable=None, leave=False)
+    parts = [torch.stack(model.encode(data.images(part))).double().cpu() for part in parts]
+    mean, logvar = torch.cat(parts, dim=1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
+    sample = mean + (0.5 * logvar).exp() * noise
+    return mean.numpy(), sample.numpy()
 
 def of_checkpoint(path, args):
     """Codes, samples and factors of random images; those of modulated draws and u's own code."""
@@ -231,37 +219,93 @@ def of_checkpoint(path, args):
     drawn, u = data.draw(min(n, N_SCORES), torch.Generator(data.device).manual_seed(args.seed),
                          cfg.u, cfg.u_scale)
     rows = torch.cat([rows.to(data.device), drawn])
-    codes, samples = encode(model, data, rows, args)
+    codes, samples = encode(model, data, rows, args.seed)
     factors, u = data.factors(rows).cpu().numpy(), u.cpu().numpy()
     u = u[:, u.shape[1] // 2:] if cfg.u == "mean+var" else u   # the centres, or the log-scales
-    return {"codes": codes[:n], "samples": samples[:n], "factors": factors[:n],
+    info = {"data": data.name, "model": cfg.model, "config": vars(cfg), "weights": "EMA"}
+    if args.generate:
+        info["generation"] = generation(model, data, rows[:n], codes[:n], args)
+    return {"codes": codes[:n], "samples": samples[:n], "factors": factors[:n], "info": info,
             "names": data.factor_names, "draws": {"encoder_on_draws": (codes[n:], factors[n:]),
-                                                  "u_on_draws": (u, factors[n:])},
-            "info": {"data": data.name, "model": cfg.model, "config": vars(cfg), "weights": "EMA"}}
+                                                  "u_on_draws": (u, factors[n:])}}
 
-def of_npz(path, args):
-    """The arrays codes and factors of an .npz, in seeded order; ValueError in one line if none."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            codes, factors = as_arrays(file["codes"], file["factors"])
-    except Exception as error:                   # of zip, pickle, key, shape: many kinds
-        raise ValueError(f"'{path}' must hold arrays codes and factors: {error}") from None
-    rows = np.random.default_rng(args.seed).permutation(len(codes))[:args.n]
-    return {"codes": codes[rows], "samples": codes[rows], "factors": factors[rows], "draws": {},
-            "names": [f"factor {j}" for j in range(factors.shape[1])],
-            "info": {"data": path.name, "model": "codes", "config": None, "weights": None}}
+# ---- Generated images ----
+@lru_cache
+def train_reader(data, seed, steps=600):
+    """A function images -> values (B, K) of the factors that vary, and its test accuracy (K,).
+    A classifier like Encoder, trained on images of data with faint noise and tested on others."""
+    torch.manual_seed(seed)
+    k, v = len(data.varied), max(data.factor_sizes)
+    rows, n_test = torch.randperm(len(data)).to(data.device), min(len(data) // 10 + 1, 2000)
+    net = Encoder(Config(image_channels=data.image_shape[0], image_size=data.image_shape[1],
+                         latent_dim=(k * v + 1) // 2)).to(data.device)
+    optimizer = torch.optim.Adam(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+    def logits(x):
+        return torch.cat(net(x), dim=1)[:, :k * v].view(-1, v, k)      # (B, V values, K)
+    for _ in tqdm(range(steps), "training a classifier", disable=None, leave=False):
+        batch = rows[torch.randint(n_test, len(data), (128,))]
+        x, y = data.images(batch), data.factors(batch)[:, data.varied]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits(x + 0.1 * torch.randn_like(x)), y).backward()
+        optimizer.step()
+        schedule.step()
+    net.requires_grad_(False)
+    right = [logits(data.images(part)).argmax(dim=1) == data.factors(part)[:, data.varied]
+             for part in rows[:n_test].split(500)]
+    return lambda x: logits(x).argmax(dim=1), torch.cat(right).double().mean(dim=0)
+
+def draw_images(model, z, x, noise):
+    """Images of z (1 + K, B, D) by network, and squared errors, z[0] being the code of x."""
+    images, errors = {"decoder": model.decode(z.flatten(0, 1)).clamp(-1, 1)}, {}
+    if model.unet:
+        images["diffusion"] = model.sample(z.flatten(0, 1), noise().repeat(len(z), 1, 1, 1))
+        eps_fn, ts = model.eps_fn(z[0]), time_grid(20, model.sde).to(x)
+        back = sample_dpmpp(eps_fn, invert(eps_fn, x, ts, model.sde), ts, model.sde)
+        again = model.sample(z[0], noise())      # half their squared difference: the variance
+        errors = {"inverted_mse": back.clamp(-1, 1) - x,
+                  "std_given_z": (images["diffusion"][:len(x)] - again) / 2**0.5}
+    errors |= {f"{network}_mse": image[:len(x)] - x for network, image in images.items()}
+    return images, {name: error.square().flatten(1).mean(dim=1) for name, error in errors.items()}
+
+def generation(model, data, rows, codes, args):
+    """Shares (K,) of factors that a classifier reads right in images made of codes (N, D) of rows
+    (N,), and pixels' errors. Edit k: the next image's latent that matches factor k, same noise."""
+    (read, limit), y = train_reader(data, args.seed), data.factors(rows)[:, data.varied]
+    pairs, y = zip(*match(mutual_information(codes, y))), y[:args.generate]
+    z = torch.from_numpy(codes[:len(y)]).float().to(y.device).repeat(1 + y.shape[1], 1, 1)
+    for i, k in pairs:
+        z[1 + k, :, i] = z[0, :, i].roll(-1)                           # (1 + K, N, D)
+    found, batches = defaultdict(list, classifier=[limit[None]]), torch.arange(len(y)).split(10)
+    for ids in tqdm(batches, "generating, 10 images each", disable=None, leave=False):
+        x = data.images(rows[ids])
+        noise = seeded_noise([args.seed + i for i in ids.tolist()], x.shape[1:], x.device)
+        images, errors = draw_images(model, z[:, ids], x, noise)
+        for network, image in images.items():
+            seen = read(image).view(len(z), len(x), -1)                # (1 + K, B, K)
+            old, new = ((seen == a[ids]).double() for a in (y, y.roll(-1, 0)))
+            own, edited = (a[1:].diagonal(dim1=0, dim2=2) for a in (old, new))   # (B, K)
+            errors |= {network: old[0], f"{network}, z shuffled": new[0],
+                       f"{network}, edited": edited,
+                       f"{network}, others kept": (old[1:].sum(dim=2).T - own) / (len(z) - 2)}
+        for name, value in errors.items():
+            found[name].append(value)
+    means = {name: torch.cat(parts).mean(dim=0) for name, parts in found.items()}
+    names = [*(data.factor_names[k] for k in data.varied), "mean"]
+    shares = {name: dict(zip(names, [*v, v.mean()])) for name, v in means.items() if v.dim()}
+    pixels = {k: v ** (0.5 if "std" in k else 1) for k, v in means.items() if not v.dim()}
+    return {"n": len(y), "accuracy": shares, "pixels": pixels}
 
 # ---- The report ----
 def four(codes, factors, matrix=None):
     """The paper's four metrics, a dict; disentanglement of DCI's matrix, NaN without one."""
-    return {metric.__name__: metric(codes, factors) for metric in (mig, mcc, modularity)} | {
-        "disentanglement": np.nan if matrix is None else
-        dci_of_importance(matrix)["disentanglement"]}
+    d = np.nan if matrix is None else dci_of_importance(matrix)["disentanglement"]
+    return {"mig": mig(codes, factors), "mcc": mcc(codes, factors), "disentanglement": d,
+            "modularity": modularity(codes, factors)}
 
 def measure(s, args):
-    """The numbers of the report, a dict, of what of_checkpoint or of_npz gives."""
-    codes, factors, std = s["codes"], s["factors"], s["codes"].std(axis=0)
-    active = std > 0.05 * std.max()              # a collapsed latent is not constant
+    """The numbers of the report, a dict, of what of_checkpoint gives."""
+    codes, factors = s["codes"], s["factors"]
     noise = np.random.default_rng(args.seed).permutation(codes)
     few, matrix, floor = (codes[:N_DCI], factors[:N_DCI], args.seed), None, None
     scores = {"factorvae": factorvae_score(*few), "linear_r2": mean_of(linear_r2(*few), "R²")}
@@ -274,48 +318,35 @@ def measure(s, args):
     mi, corr, gap = (f(codes, factors) for f in (mutual_information, correlation, mig_per_factor))
     share, best = mi / np.where(np.isnan(gap), np.nan, entropies(factors)), mi.argmax(axis=0)
     pairs = {j: i for i, j in zip(*match(corr))}
-    result = s["info"] | {key: four(*pair) for key, pair in s["draws"].items()} | {
+    return s["info"] | {key: four(*pair) for key, pair in s["draws"].items()} | {
         "metrics": dict.fromkeys(NAMES, np.nan) | scores | four(codes, factors, matrix),
         "noise_floor": four(noise, factors, floor),
         "per_factor": {name: {"latent": best[j], "mi_over_h": share[best[j], j], "gap": gap[j],
                               "rho": corr[best[j], j], "mcc_latent": pairs.get(j)}
                        for j, name in enumerate(s["names"])},
-        "n": len(codes), "n_active": active.sum(), "latent_std": std, "mi_over_h": share}
-    if active.any():
-        result["active"] = four(codes[:, active], factors, None if args.no_dci else matrix[active])
-    return result
-
-def write_json(path, content):
-    """Write content and return it as it will be read: arrays as lists, NaN as None."""
-    content = json.loads(json.dumps(content, default=lambda array: array.tolist()),
-                         parse_constant=lambda nan: None)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return content
+        "n": len(codes), "latent_std": s["codes"].std(axis=0), "mi_over_h": share}
 
 def report(path, args):
     """The report of one file, a dict: from its metrics.json if nothing changed, or computed."""
-    if not path.is_file():
-        raise SystemExit(f"evaluate.py: file not found: '{path}'. Train a model with train.py.")
-    prefix = f"{path.parent}/" if path.name == "ckpt.pt" else f"{path.parent}/{path.stem}_"
-    target = Path(f"{prefix}metrics.json")
+    target = path.with_name("metrics.json")
     key = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "n": args.n, "seed": args.seed,
-           "dci": not args.no_dci, "data": args.data, "sampled": args.sampled}
-    stored = {}
-    with suppress(OSError, ValueError):          # none yet, or damaged
-        stored = {} if args.fresh else json.loads(target.read_text())
-    if stored.get("key") in (key, key | {"dci": True}):
-        return stored | {"file": str(path)}
-    s = (of_npz if path.suffix == ".npz" else of_checkpoint)(path, args)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = measure(s, args)
-    result |= {"file": str(path), "key": key, "codes": ("means", "samples")[args.sampled],
-               "dci_learner": "scikit-learn GradientBoostingClassifier, defaults",
-               "versions": {p: version(p) for p in ("numpy", "scipy", "scikit-learn", "torch")},
-               "warnings": sorted({str(w.message) for w in caught})}
-    for draw in (draw_latents, draw_factors, draw_information, draw_pairs):
-        draw(result, s).savefig(f"{prefix}{draw.__name__.removeprefix('draw_')}.png", dpi=150)
-    return write_json(target, result)
+           "dci": not args.no_dci, "data": args.data, "generate": args.generate}
+    with suppress(OSError, ValueError, KeyError):   # none yet, or damaged
+        stored = json.loads(target.read_text())
+        spare = {"dci": args.no_dci, "generate": not args.generate}     # more than asked for
+        if not args.fresh and all(spare.get(k) or stored["key"].get(k) == key[k] for k in key):
+            return stored | {"file": str(path)}
+    if args.n < 3 or args.generate < 0:
+        raise ValueError(f"--n must be at least 3, --generate 0: got {args.n}, {args.generate}.")
+    s = of_checkpoint(path, args)
+    result = measure(s, args)
+    result |= {"file": str(path), "key": key}
+    for draw in (draw_latents, draw_factors, draw_information):
+        draw(result, s).savefig(path.with_name(f"{draw.__name__[5:]}.png"), dpi=150)
+    result = json.loads(json.dumps(result, default=lambda array: array.tolist()),
+                        parse_constant=lambda nan: None)
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 def table(columns):
     """A Markdown table, padded to be read as it is; floats with three digits, - for None."""
@@ -328,98 +359,68 @@ def table(columns):
 
 def print_report(r):
     """Print a report for people."""
-    columns = {"all": "metrics", f"{r['n_active']} active": "active", "noise floor": "noise_floor",
-               "all, on draws": "encoder_on_draws", "u alone, on draws": "u_on_draws"}
-    codes = f"{r['codes']} of q(z|x), {r['weights']} weights" if r["weights"] else "codes as given"
+    columns = {"codes": "metrics", "noise floor": "noise_floor",
+               "codes, on draws": "encoder_on_draws", "u alone, on draws": "u_on_draws"}
     print(f"{r['file']}: {MODELS[r['model']]}, {len(r['latent_std'])} latents; {r['data']}\n"
-          f"{codes}, n = {r['n']:,}, seed {r['key']['seed']}\n")
+          f"means of q(z|x), {r['weights']} weights, n = {r['n']:,}, seed {r['key']['seed']}\n")
     print(table([["metric", *NAMES.values()], *([title, *map(r[key].get, NAMES)]
-                                                for title, key in columns.items() if key in r)]))
+                                                for title, key in columns.items())]))
     print(table(zip(["factor", "latent", "MI/H", "gap", "|rho|", "MCC's latent"],
                     *([name, *row.values()] for name, row in r["per_factor"].items()))))
-    print("std of the latents:", *(f"{std:.3f}" for std in r["latent_std"]),
-          *(f"\nwarning: {line}" for line in r["warnings"]))
+    if made := r.get("generation"):
+        rows = made["accuracy"]
+        print(table(zip([f"read right, n = {made['n']}", *rows["classifier"]],
+                        *([name, *row.values()] for name, row in rows.items()))))
+        print(", ".join(f"{name} {v:.2g}" for name, v in made["pixels"].items()), end="\n\n")
+    print("std of the latents:", *(f"{std:.3f}" for std in r["latent_std"]))
 
 # ---- Pictures ----
-def panels(n, width=3.2, height=2.5):
-    """A figure and its n axes, in rows of 3, or of 5 if there are more than 6."""
+def panels(n, size=(6, 1.6)):
+    """A figure and its n axes, one above the other, of a size in inches."""
     from matplotlib.figure import Figure
-    columns = min(n, 3 if n <= 6 else 5)
-    rows = -(-n // columns)                      # rounded up
-    figure = Figure((width * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for i, ax in enumerate(axes):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_visible(i < n)
-    return figure, axes[:n]
-
-def colours(name, n_values):
-    """A colour per value of a factor, (V, 4): a hue's own, or from dark to light."""
-    from matplotlib import colormaps
-    return colormaps["hsv" if "hue" in name else "viridis"](np.arange(n_values) / n_values)
+    figure = Figure((size[0], n * size[1]), layout="constrained")
+    return figure, figure.subplots(n, squeeze=False)[:, 0]
 
 def draw_latents(r, s):
-    """Histograms of samples of each latent, coloured by the factor it knows most of, if any."""
+    """Histograms of samples of each latent, coloured by the factor it knows most of."""
+    from matplotlib import colormaps
     share, (figure, axes) = np.nan_to_num(r["mi_over_h"]), panels(len(r["latent_std"]))
     for i, (ax, j) in enumerate(zip(axes, share.argmax(axis=1))):
-        z, y, known = s["samples"][:, i], s["factors"][:, j], share[i, j] > 0.05
-        ax.hist([z[y == v] for v in range(y.max() + 1)] if known else z, stacked=True,
-                bins=np.linspace(z.min(), z.max() + 1e-6, 61), histtype="stepfilled",
-                color=colours(s["names"][j], y.max() + 1) if known else "0.7")
+        z, y = s["samples"][:, i], s["factors"][:, j]
+        colours = colormaps["hsv" if "hue" in s["names"][j] else "viridis"]
+        ax.hist([z[y == v] for v in range(y.max() + 1)], stacked=True, histtype="stepfilled",
+                bins=np.linspace(z.min(), z.max() + 1e-6, 61),
+                color=colours(np.arange(y.max() + 1) / (y.max() + 1)))
         ax.set(yticks=[], xlabel=f"z{i} sampled; {s['names'][j]}: MI/H {share[i, j]:.2f}")
     return figure
 
 def draw_factors(r, s):
-    """Share of each value of each factor, over the grid and in modulated draws if there are any."""
+    """Share of each value of each factor, over the grid and in modulated draws."""
     figure, axes = panels(len(s["names"]))
+    found = s["factors"], s["draws"]["u_on_draws"][1]
     for j, ax in enumerate(axes):
-        for i, y in enumerate([s["factors"], *(y for _, y in s["draws"].values())][:2]):
-            values, counts = np.unique(y[:, j], return_counts=True)
-            ax.bar(values + 0.4 * i, counts / len(y), 0.4, label=("grid", "modulated draws")[i])
-        ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share of images")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+        ax.hist([y[:, j] for y in found], np.arange(s["factors"][:, j].max() + 2) - 0.5,
+                density=True, label=("grid", "modulated draws"))
+        ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share")
+    axes[0].legend()
     return figure
 
 def draw_information(r, s):
-    """The matrix MI/H, each factor's best latent in a box, MCC's pairs in bold."""
-    share, (figure, (ax,)) = np.asarray(r["mi_over_h"]), panels(1, 1.6 + 0.9 * len(s["names"]), 4.5)
-    image = ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for j, row in enumerate(r["per_factor"].values()):
-        for i, v in enumerate(share[:, j]):
-            ax.text(j, i, f"{v:.2f}", ha="center", va="center", color="1" if v > 0.6 else "0",
-                    weight="bold" if i == row["mcc_latent"] else "normal", bbox={
-                        "fill": False, "ec": "tab:orange", "lw": 2 * (i == row["latent"])})
+    """The matrix MI/H."""
+    share, (figure, (ax,)) = r["mi_over_h"], panels(1, (1.6 + 0.9 * len(s["names"]), 4.5))
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j), v in np.ndenumerate(share):
+        ax.text(j, i, f"{v:.2f}", ha="center", va="center", color="1" if v > 0.6 else "0")
     ax.set_xticks(range(len(s["names"])), s["names"], rotation=30, ha="right")
-    ax.set_yticks(range(len(share)), [f"z{i}" for i in range(len(share))])
-    ax.set_title("box: best latent; bold: MCC's pair", fontsize=10)
-    figure.colorbar(image, label="mutual information / entropy")
+    ax.set(ylabel="latent", title="mutual information / entropy")
     return figure
 
-def draw_pairs(r, s):
-    """Each factor's best latent against the factor's value, medians as bars: folds, cuts show."""
-    figure, axes = panels(len(s["names"]))
-    for j, (ax, (name, row)) in enumerate(zip(axes, r["per_factor"].items())):
-        y, z = s["factors"][:3000, j], s["codes"][:3000, row["latent"]]
-        jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(y))
-        ax.scatter(y + jitter, z, 2, colours(name, y.max() + 1)[y])
-        ax.plot(np.unique(y), [np.median(z[y == v]) for v in np.unique(y)], "k_", ms=12, mew=2)
-        ax.set_title(f"MI/H {row['mi_over_h']:.2f}, |ρ| {row['rho']:.2f}", fontsize=10)
-        ax.set(xlabel=f"{name}, index", ylabel=f"z{row['latent']}")
-    return figure
-
-def spread(group):
-    """{metric: [mean, std, max]} over reports; std with n - 1, NaN where one lacks the metric."""
-    v = np.array([[r["metrics"][m] for m in NAMES] for r in group], float)
-    return dict(zip(NAMES, np.transpose([v.mean(0), v.std(0, ddof=len(v) > 1), v.max(0)]).tolist()))
-
-def write_tables(results, folder):
+def write_tables(results):
     """Print and write Table 2 (by model) and Table 3 (by configuration, over its seeds)."""
     models, configs, text = {}, {}, ""
     for r in results:
-        config = json.dumps([r["data"], (r["config"] or {"file": r["file"]}) | {"seed": None}])
         models.setdefault(MODELS[r["model"]], []).append(r)
-        configs.setdefault(config, []).append(r)
+        configs.setdefault(str([r["data"], r["config"] | {"seed": None}]), []).append(r)
     tables = {"Table 2, mean ± std / max by model": models} | {
         f"Table 3, mean ± std / max over seeds of {group[0]['file']}": {
             "best": [max(group, key=lambda r: r["metrics"]["mig"] or 0)], "all seeds": group}
@@ -428,21 +429,20 @@ def write_tables(results, folder):
         rows = [["metric", *(NAMES[m] for m in FOUR)]]
         for name, group in columns.items():
             form = "{:.2f} ± {:.2f} / {:.2f}" if len(group) > 1 else "{:.2f}"
-            texts = [form.format(*spread(group)[m]).replace("nan", "-") for m in FOUR]
+            v = np.array([[r["metrics"][m] for r in group] for m in FOUR], float)
+            texts = [form.format(row.mean(), row.std(ddof=len(row) > 1), row.max()) for row in v]
             rows += [[f"{name}, n = {len(group)}", *texts], ["paper", *PAPER[name].split(", ")]]
-        text += f"{title}\n\n{table(rows)}\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tables.md").write_text(text)
-    write_json(folder / "tables.json", {title: {name: spread(group) for name, group in c.items()}
-                                        for title, c in tables.items()})
+        text += f"{title}\n\n{table(rows).replace('nan', '-')}\n"
+    folder = os.path.commonpath([Path(r["file"]).resolve().parent for r in results])
+    Path(folder, "tables.md").write_text(text)
     print(text)
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    warnings.simplefilter("once")
     try:
         results = [report(path, args) for path in args.paths]
-        folder = args.out or Path(os.path.commonpath([p.resolve().parent for p in args.paths]))
-        print_report(results[0]) if len(results) == 1 else write_tables(results, folder)
+        print_report(results[0]) if len(results) == 1 else write_tables(results)
     except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"evaluate.py: {' '.join(str(error).split())}") from None
 

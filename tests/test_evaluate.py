@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The evaluation script on files of codes and on tiny checkpoints: reports, tables, bad input.
+"""The evaluation script on tiny checkpoints: reports, generated images, tables, bad input.
 
     python -m pytest tests/test_evaluate.py
     python -m pytest tests/test_evaluate.py -k tables
@@ -9,13 +9,15 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
-from idiff import Config, IDiff, save_checkpoint
+from idiff import Config, IDiff, load_data, save_checkpoint
 
 SCRIPT = Path(evaluate.__file__)
 
@@ -41,6 +43,13 @@ def write_checkpoint(folder, data, **changes):
     return folder / "ckpt.pt"
 
 
+@pytest.fixture(autouse=True)
+def small_classifier(monkeypatch):
+    """Fewer steps than 64 x 64 images of six factors need."""
+    train = evaluate.train_reader
+    monkeypatch.setattr(evaluate, "train_reader", lambda data, seed: train(data, seed, 200))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Five checkpoints: a VAE, an iVAE and three seeds of the whole model."""
@@ -51,32 +60,41 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def codes_path(tmp_path):
+def measured(monkeypatch, tmp_path):
+    """A function codes, factors -> the report of a checkpoint that has such codes."""
+    def measured(codes, factors, *flags):
+        s = {"codes": codes, "samples": codes, "factors": factors,
+             "names": [f"factor {j}" for j in range(factors.shape[1])],
+             "draws": {"encoder_on_draws": (codes, factors), "u_on_draws": (codes, factors)},
+             "info": {"data": "grid", "model": "vae", "config": {}, "weights": "EMA"}}
+        monkeypatch.setattr(evaluate, "of_checkpoint", lambda path, args: s)
+        (tmp_path / "ckpt.pt").touch()
+        evaluate.main([str(tmp_path / "ckpt.pt"), *flags])
+        return json.loads((tmp_path / "metrics.json").read_text())
+    return measured
+
+
+def test_report_on_known_codes(measured, tmp_path, capsys):
     rng = np.random.default_rng(0)
     factors = np.stack([rng.integers(0, size, 300) for size in (3, 4)], axis=1)
     codes = np.hstack([factors + rng.normal(0, 0.1, factors.shape), np.zeros((300, 1))])
-    np.savez(tmp_path / "mine.npz", codes=codes, factors=factors)
-    return tmp_path / "mine.npz"
-
-
-def test_script_on_codes(codes_path):
-    done = subprocess.run([sys.executable, SCRIPT, codes_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result, shown = measured(codes, factors), capsys.readouterr().out
     names = ["discrete MIG", "Spearman MCC", "disentanglement", "modularity"]
-    assert [done.stdout.index(name) for name in names] == sorted(map(done.stdout.index, names))
-    result = json.loads((codes_path.parent / "mine_metrics.json").read_text())
-    with np.load(codes_path) as file:
-        order = np.random.default_rng(0).permutation(300)
-        codes, factors = file["codes"][order], file["factors"][order]
+    assert [shown.index(name) for name in names] == sorted(map(shown.index, names))
     expected = {"mig": evaluate.mig(codes, factors), "mcc": evaluate.mcc(codes, factors),
                 "modularity": evaluate.modularity(codes, factors), **evaluate.dci(codes, factors)}
     assert {m: result["metrics"][m] for m in expected} == pytest.approx(expected)
-    assert result["n_active"] == 2 and result["active"]["modularity"] > 0.9
     assert result["noise_floor"]["disentanglement"] < 0.2 < result["metrics"]["disentanglement"]
     assert result["per_factor"]["factor 1"]["latent"] == 1
-    assert (result["n"], result["key"]["seed"], result["codes"]) == (300, 0, "means")
-    for picture in ("latents", "information", "pairs"):
-        assert (codes_path.parent / f"mine_{picture}.png").stat().st_size > 5000
+    assert (result["n"], result["key"]["seed"]) == (300, 0) and result["latent_std"][2] == 0
+    for picture in ("latents", "factors", "information"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 5000
+
+
+def test_script_runs_as_a_process(runs):
+    done = subprocess.run([sys.executable, SCRIPT, runs[1], "--n", "60", "--no-dci"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "iVAE, 5 latents" in done.stdout, done.stderr
 
 
 def test_report_on_a_checkpoint(runs, capsys):
@@ -89,20 +107,15 @@ def test_report_on_a_checkpoint(runs, capsys):
     assert result["u_on_draws"]["mcc"] > 0.4 > result["noise_floor"]["mcc"]
     assert result["weights"] == "EMA" and result["config"]["model"] == "idiff"
     assert len(result["per_factor"]) == 4 and len(result["latent_std"]) == 5
-    for picture in ("latents", "factors", "information", "pairs"):
+    for picture in ("latents", "factors", "information"):
         assert (runs[2].parent / f"{picture}.png").stat().st_size > 5000
     evaluate.main([str(runs[2]), "--n", "100", "--no-dci", "--fresh"])
     assert (runs[2].parent / "metrics.json").read_text() == text
 
 
-def test_all_images_and_samples(runs):
-    folder = runs[0].parent
-    evaluate.main([str(runs[0]), "--n", "all", "--no-dci"])
-    means = json.loads((folder / "metrics.json").read_text())
-    evaluate.main([str(runs[0]), "--n", "all", "--no-dci", "--sampled"])
-    samples = json.loads((folder / "metrics.json").read_text())
-    assert (means["n"], means["codes"], samples["codes"]) == (240, "means", "samples")
-    assert means["latent_std"] != samples["latent_std"]
+def test_more_images_than_there_are(runs):
+    evaluate.main([str(runs[0]), "--n", "9999", "--no-dci"])
+    assert json.loads((runs[0].parent / "metrics.json").read_text())["n"] == 240
 
 
 def test_tables_of_many_checkpoints(runs, tmp_path, capsys):
@@ -115,11 +128,8 @@ def test_tables_of_many_checkpoints(runs, tmp_path, capsys):
               for path in runs[2:]]
     expected = f"{np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f} / {max(scores):.2f}"
     assert re.search(rf"discrete MIG .*{expected}", text)
-    tables = json.loads((runs[0].parents[1] / "tables.json").read_text())
-    assert tables["Table 2, mean ± std / max by model"]["iVAE + DDPM"]["mig"] == pytest.approx(
-        [np.mean(scores), np.std(scores, ddof=1), max(scores)])
-    evaluate.main([*map(str, runs[:2]), "--n", "100", "--no-dci", "--out", str(tmp_path)])
-    assert "Table 3" not in (tmp_path / "tables.md").read_text()
+    evaluate.main([*map(str, runs[:2]), "--n", "100", "--no-dci"])
+    assert "Table 3" not in (runs[0].parents[1] / "tables.md").read_text()
 
 
 def test_results_are_reused_until_the_checkpoint_or_a_setting_changes(tmp_path):
@@ -136,28 +146,32 @@ def test_results_are_reused_until_the_checkpoint_or_a_setting_changes(tmp_path):
     evaluate.main([str(path), "--n", "60", "--no-dci"])
     assert not is_computed()
     assert is_computed("--seed", "1") and is_computed("--fresh")
+    evaluate.main([str(path), "--n", "60", "--no-dci", "--seed", "0"])
+    assert is_computed("--generate", "3") and not is_computed("--generate", "3")
+    assert not is_computed() and is_computed("--generate", "4")          # 0 asks for less
     path.write_bytes(write_checkpoint(tmp_path / "other", data, seed=5, latent_dim=3).read_bytes())
     assert is_computed()
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("none.pt", None, "none.pt"), ("none.npz", None, "none.npz"),
-    ("text.pt", b"hello", "text.pt"), ("text.npz", b"hello", "arrays codes"),
-    ("keys.npz", {"images": np.ones((3, 2))}, "arrays codes"),
-    ("nan.npz", {"codes": np.full((9, 2), np.nan), "factors": np.ones((9, 2))}, "NaN or inf"),
-    ("shape.npz", {"codes": np.ones((9, 2)), "factors": np.ones(9)}, "factors must be"),
-    ("rows.npz", {"codes": np.ones((9, 2)), "factors": np.ones((8, 2))}, "9 rows of codes"),
-    ("empty.npz", {"codes": np.ones((0, 2)), "factors": np.ones((0, 2))}, "codes must be"),
-])
-def test_bad_file_is_one_clear_line(tmp_path, name, content, message):
-    path = tmp_path / name
-    if isinstance(content, dict):
-        np.savez(path, **content)
-    elif content:
-        path.write_bytes(content)
-    with pytest.raises(SystemExit, match=message) as error:
-        evaluate.main([str(path)])
+@pytest.mark.parametrize("content", [None, b"hello"])
+def test_bad_file_is_one_clear_line(tmp_path, content):
+    if content:
+        (tmp_path / "bad.pt").write_bytes(content)
+    with pytest.raises(SystemExit, match="bad.pt") as error:
+        evaluate.main([str(tmp_path / "bad.pt")])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag, value, message", [
+    ("--n", "abc", "invalid int value: 'abc'"), ("--n", "2", "--n must be at least 3"),
+    ("--generate", "some", "invalid int value: 'some'"),
+    ("--generate", "-1", "--generate 0: got 15000, -1"),
+])
+def test_bad_number_is_one_clear_line(runs, capsys, flag, value, message):
+    with pytest.raises(SystemExit) as error:
+        evaluate.main([str(runs[1]), flag, value, "--fresh"])
+    line = capsys.readouterr().err.splitlines()[-1] if error.value.code == 2 else error.value.code
+    assert message in line and "\n" not in line
 
 
 @pytest.mark.parametrize("codes, factors", [
@@ -168,16 +182,90 @@ def test_bad_file_is_one_clear_line(tmp_path, name, content, message):
     (0.5 + np.arange(80, dtype=np.float32).reshape(40, 2) * 1e-9, np.arange(80).reshape(40, 2) % 3),
     (np.arange(6.).reshape(3, 2), np.array([[0, 1], [1, 0], [1, 1]])),   # three rows
 ], ids=("dead", "one", "constant", "few", "collapsed", "rows"))
-def test_ill_codes_still_give_a_report(tmp_path, capsys, codes, factors):
-    np.savez(tmp_path / "ill.npz", codes=codes, factors=factors)
-    evaluate.main([str(tmp_path / "ill.npz")])
-    result = json.loads((tmp_path / "ill_metrics.json").read_text())
-    missing = [m for m, value in result["metrics"].items() if value is None]
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_ill_codes_still_give_a_report(measured, capsys, codes, factors):
+    result = measured(codes, factors)
     assert "discrete MIG" in capsys.readouterr().out
-    assert not missing or result["warnings"]
+    assert None not in (result["metrics"]["factorvae"],) or np.ptp(factors) == 0
 
 
 def test_wrong_data_is_one_clear_line(runs, tmp_path):
     with pytest.raises(SystemExit) as error:
         evaluate.main([str(runs[0]), "--data", str(tmp_path / "no such data.npz")])
     assert "\n" not in str(error.value)
+
+
+class Renderer:
+    """A model whose z are a file's factors, over [-1, 1], and whose decoder looks up their image."""
+    unet = None
+
+    def __init__(self, data, permuted):
+        self.data, self.permuted, rows = data, permuted, torch.arange(len(data))
+        self.x, self.z = data.images(rows), data.factors(rows)[:, permuted].float()
+
+    def decode(self, z):
+        return self.x[torch.cdist(z, self.z).argmin(dim=1)]
+
+
+def test_generation_by_the_true_renderer(tmp_path):
+    data = load_data(small_grid(tmp_path / "grid.npz"))
+    model = Renderer(data, [2, 0, 3, 1])                                 # z's order is not theirs
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    found = evaluate.generation(model, data, rows, model.z[rows].double().numpy(),
+                                Namespace(seed=0, generate=200))
+    means = {name: share["mean"] for name, share in found["accuracy"].items()}
+    assert min(means.pop("decoder"), means.pop("decoder, edited"), means.pop("classifier"),
+               means.pop("decoder, others kept")) > 0.95
+    chance = np.mean([1 / size for size in data.factor_sizes])
+    assert means == {"decoder, z shuffled": pytest.approx(chance, abs=0.06)}
+    assert found["pixels"] == {"decoder_mse": 0} and found["n"] == 200
+
+
+def test_generation_when_z_is_ignored(tmp_path):
+    """A decoder that draws one image whatever z is: edits change nothing and all is chance."""
+    data = load_data(small_grid(tmp_path / "grid.npz"))
+    model = Renderer(data, [0, 1, 2, 3])
+    model.decode = lambda z: model.x[:1].expand(len(z), -1, -1, -1)
+    found = evaluate.generation(model, data, torch.arange(240), model.z.double().numpy(),
+                                Namespace(seed=0, generate=240))["accuracy"]
+    assert found["decoder, edited"]["mean"] < 0.35 and found["decoder"]["mean"] < 0.35
+
+
+@pytest.mark.parametrize("model", ["ivae", "idiff"])
+def test_generate_flag(tmp_path, capsys, model):
+    """A partial grid with a constant factor; all that was named is reported and repeats."""
+    with np.load(small_grid(tmp_path / "grid.npz")) as file:
+        images, factors = file["images"][::2], np.insert(file["factors"], 1, 7, axis=1)[::2]
+    np.savez(tmp_path / "mine.npz", images=images, factors=factors)
+    path = write_checkpoint(tmp_path / "run", str(tmp_path / "mine.npz"), model=model, n_factors=5)
+    flags = [str(path), "--n", "60", "--no-dci", "--generate", "12"]
+    evaluate.main(flags)
+    assert "decoder, edited" in capsys.readouterr().out
+    text = path.with_name("metrics.json").read_text()
+    made = json.loads(text)["generation"]
+    networks = ["decoder"] + ["diffusion"] * (model == "idiff")
+    kinds = ("", ", z shuffled", ", edited", ", others kept")
+    assert set(made["accuracy"]) == {"classifier"} | {n + kind for n in networks for kind in kinds}
+    names = ["factor 0", "factor 2", "factor 3", "factor 4", "mean"]
+    assert all(list(row) == names for row in made["accuracy"].values()) and made["n"] == 12
+    assert set(made["pixels"]) == {f"{n}_mse" for n in networks} | (
+        {"inverted_mse", "std_given_z"} if model == "idiff" else set())
+    evaluate.main([*flags, "--fresh"])
+    assert path.with_name("metrics.json").read_text() == text
+
+
+def test_pixel_errors(tmp_path):
+    """The round trip image -> noise -> image is far closer than any drawing from fresh noise."""
+    data = load_data(small_grid(tmp_path / "grid.npz"))
+    torch.manual_seed(0)
+    model = IDiff(Config(image_size=16, image_channels=1, n_factors=4, width=8, unet_width=8,
+                         latent_dim=4)).eval().requires_grad_(False)
+    x, noise = data.images(torch.arange(4)), lambda: torch.randn(4, 1, 16, 16)
+    z = model.encode(x)[0]
+    images, errors = evaluate.draw_images(model, z[None], x, noise)
+    torch.testing.assert_close(errors["decoder_mse"],
+                               (model.decode(z).clamp(-1, 1) - x).square().mean(dim=(1, 2, 3)))
+    assert (errors["inverted_mse"] < 0.05 * errors["diffusion_mse"]).all()
+    many = torch.stack([model.sample(z, noise()) for _ in range(30)])
+    expected = many.var(dim=0).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(errors["std_given_z"], expected, rtol=0.5, atol=0)   # still squared
