@@ -28,7 +28,7 @@ def start(*argv):
 def ranks(*argv):
     """Exit status, standard output and error of a run of two ranks."""
     with start(*argv) as run:
-        shown = run.communicate(timeout=120)
+        shown = run.communicate(timeout=300)
     return run.returncode, *shown
 
 
@@ -104,7 +104,7 @@ def test_two_steps_and_two_resumed_equal_four_on_two_ranks(four, tmp_path, tiny_
         assert same(whole[part], resumed[part]), part
 
 
-def test_ctrl_c_to_one_rank_stops_both_and_saves_once(tmp_path, tiny_npz):
+def test_ctrl_c_stops_both_ranks_and_saves_once(tmp_path, tiny_npz):
     out = tmp_path / "run"
     with start(*TINY, "--data", tiny_npz, "--steps", "1000000", "--out", out) as run:
         for _ in range(1200):
@@ -113,7 +113,7 @@ def test_ctrl_c_to_one_rank_stops_both_and_saves_once(tmp_path, tiny_npz):
             if run.poll() is not None or log.is_file() and log.read_text().count("step") > 5:
                 break
         run.send_signal(signal.SIGINT)                                 # which torchrun passes on
-        _, shown = run.communicate(timeout=60)
+        _, shown = run.communicate(timeout=300)
     assert shown.count(f"--resume {out}/ckpt.pt") == 1
     assert read_checkpoint(str(out / "ckpt.pt"))["step"] == log_of(out)[-1]["step"] > 3
 
@@ -126,5 +126,5 @@ def test_bad_input_is_told_once(tmp_path, tiny_npz, flags, named):
     told = [line for line in error.splitlines() if line.startswith("train.py: ")
             or "error: " in line and "train.py" in line]
     assert status != 0 and not shown and len(told) == 1 and named in told[0], error
-    assert "Traceback" not in error.split("torch.distributed.elastic")[0]
+    assert error.count("Traceback") == 1                               # torchrun's own
     assert not (tmp_path / "run").exists()
