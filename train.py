@@ -6,6 +6,7 @@
 """
 
 import argparse
+import atexit
 import json
 import math
 import os
@@ -18,20 +19,24 @@ from dataclasses import asdict, fields, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from idiff import (Config, IDiff, load_data, losses, read_checkpoint, save_checkpoint,
-                   save_grid, seeded_noise)
+from idiff import (Config, IDiff, load_checkpoint, load_data, losses, read_checkpoint,
+                   save_checkpoint, save_grid, seeded_noise)
 
 EPOCH = 480_000                                    # draws, the size of 3D Shapes
 SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, batch_size=128, rec_images=0,
                       ddpm_images=0, epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
-PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_mean=0.0,
-             predict="eps", condition="z", weight="eps", batch_size=32, rec_images=0, lr=2e-4,
-             schedule="constant")
+PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_mean=0.0, predict="eps",
+             condition="z", weight="eps", batch_size=32, rec_images=0, lr=2e-4, schedule="constant")
+IVAE = ("latent_dim latent categories prior u u_scale width patch image_size image_channels "
+        "n_factors").split()
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*item)) for item in (     # torchrun sets these
+    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 def build_parser():
     parser = argparse.ArgumentParser(
@@ -46,6 +51,7 @@ def build_parser():
     run.add_argument("--device", help="cpu, cuda or mps (default: cuda where present)")
     run.add_argument("--out", help="folder of the run (default: a new one, runs/MODEL-sSEED)")
     run.add_argument("--resume", metavar="CKPT", help="go on with the run of this checkpoint")
+    run.add_argument("--freeze-ivae", metavar="CKPT", help="train a U-Net on its frozen iVAE")
     run.add_argument("--save-every", type=int, default=500, metavar="STEPS",
                      help="steps between writes of ckpt.pt (default: 500)")
     run.add_argument("--log-every", type=int, default=20, metavar="STEPS",
@@ -56,6 +62,7 @@ def build_parser():
             config.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
                                 default=argparse.SUPPRESS, choices=f.metadata["choices"],
                                 help=f"{f.metadata['help']} (default: {f.default})")
+    parser.error = (lambda message: sys.exit(0)) if RANK else parser.error   # rank 0 tells
     return parser
 
 # ---- what to train, and where ----
@@ -64,52 +71,57 @@ def pick_device(name):
     """The torch.device of --device; ValueError in one line if it is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("not one of cpu, cuda, mps")
+        device = torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}. "
                          "Try --device cpu.") from None
     return device
 
-def make_config(args, data):
-    """Config of the flags: size gives way to --paper, and both to explicit flags."""
+def make_config(args, data, ivae):
+    """Config of the flags: size gives way to --paper, both to flags; all must fit a frozen ivae."""
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    values = SIZES[args.size] | (PAPER if args.paper else {}) | given
+    fixed = {"model": "idiff", **{k: getattr(ivae.cfg, k) for k in IVAE}} if ivae else {}
+    values = SIZES[args.size] | (PAPER if args.paper else {}) | fixed | given
     channels, height, width = data.image_shape
     if height != width:
         raise ValueError(f"images must be square, got {height} x {width}. Crop or resize them.")
-    cfg = Config(**values, image_size=height, image_channels=channels,
-                 n_factors=sum(size > 1 for size in data.factor_sizes))
+    cfg = Config(**values | {"image_size": height, "image_channels": channels,
+                             "n_factors": sum(size > 1 for size in data.factor_sizes)})
+    wrong = [f"{k} {v}, not {getattr(cfg, k)}" for k, v in fixed.items() if getattr(cfg, k) != v]
+    wrong += ["an iVAE, not a VAE"] * bool(ivae and ivae.cfg.model == "vae")
+    if wrong:
+        raise ValueError(f"--freeze-ivae {args.freeze_ivae} needs {'; '.join(wrong)}.")
     steps = cfg.steps or max(1, round(cfg.epochs * EPOCH / cfg.batch_size))
     return replace(cfg, steps=steps, epochs=steps * cfg.batch_size / EPOCH,
                    ddpm_images=min(cfg.ddpm_images or cfg.batch_size, cfg.batch_size))
 
 def make_folder(args, cfg):
     """The run's folder, made; an explicit --out must not hold a run already."""
-    out = args.out or f"runs/{cfg.model}-s{cfg.seed}"
-    n = 1
+    out, n = args.out or f"runs/{cfg.model}-s{cfg.seed}", 1
     while os.path.exists(os.path.join(out, "log.jsonl")):
         if args.out:
             raise ValueError(f"'{out}' already holds a run. Pass another --out, delete it, or go "
                              f"on with it: --resume {out}/ckpt.pt")
         n += 1
         out = f"runs/{cfg.model}-s{cfg.seed}-{n}"
-    os.makedirs(out, exist_ok=True)
-    open(os.path.join(out, "log.jsonl"), "a").close()     # fails now if it cannot be written
+    os.makedirs(out, exist_ok=True)                # by all ranks, before any can write the log
     return out
 
-def build(cfg, device):
-    """Model, its averaged copy, optimiser and the data's random generator, all seeded."""
+def build(cfg, device, ivae=None):
+    """Model, its averaged copy, optimiser and the data's random generator, all seeded. All but the
+    U-Net are those of the model ivae, for good: without a gradient they never change."""
     torch.manual_seed(cfg.seed)
     model = IDiff(cfg).to(device, memory_format=torch.channels_last)
+    for name in ("encoder", "prior", "decoder") if ivae else ():
+        getattr(model, name).requires_grad_(False).load_state_dict(getattr(ivae, name).state_dict())
     ema = AveragedModel(model)                            # train_step sets its rule, which warms up
     if device.type == "cuda":
         for part in filter(None, (model.encoder, model.decoder, model.unet)):
             part.compile()
         torch._dynamo.config.suppress_errors = True               # no compiler: uncompiled
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.0, fused=True)
+    model.cfg = replace(cfg, rec_images=cfg.rec_images // WORLD)  # what this rank's losses sees
     return model, ema, optimizer, torch.Generator(device).manual_seed(cfg.seed + 1)
 
 # ---- one step ----
@@ -126,20 +138,32 @@ def learning_rate(cfg, step):
     return cfg.lr * decay * min(1.0, (step + 1) / 100)
 
 def draw_batch(cfg, data, generator):
-    """x, u, t, eps of one step; t is stratified over (0, 1] (Kingma et al. 2021)."""
+    """x, u, t, eps of one step; t is stratified over (0, 1] (Kingma et al. 2021). Ranks draw the
+    same and keep each WORLD-th row, so their mean is one process's but for z's noise, their own."""
     rows, u = data.draw(cfg.batch_size, generator, cfg.u, cfg.u_scale)
     x = data.images(rows).contiguous(memory_format=torch.channels_last)   # (B, C, H, W)
     b, device = cfg.ddpm_images, x.device
     offset = torch.rand(b, generator=generator, device=device)
     t = ((torch.arange(b, device=device) + offset) / b).clamp(min=1e-5)   # (b,)
     eps = torch.empty_like(x[:b]).normal_(generator=generator)            # (b, C, H, W)
-    return x, u, t, eps
+    return [whole[RANK::WORLD] for whole in (x, u, t, eps)]
+
+def average(tensors):
+    """The tensors, each made its mean over the ranks in place, by one all_reduce."""
+    if WORLD > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors]) / WORLD
+        dist.all_reduce(flat)
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+    return tensors
 
 def train_step(cfg, model, ema, optimizer, batch, step):
     """One optimiser step on Eq. 2 (and kl_mean); returns the terms and the gradient's norm."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
     model.temperature = 0.3 ** (step / cfg.steps)         # from 1 down to 0.3, for --latent gumbel
+    if WORLD > 1:
+        torch.manual_seed(hash((cfg.seed, step, RANK)))           # z's noise, apart on each rank
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
         terms = losses(model, *batch)
     kl = terms["kl"] + cfg.kl_reverse * terms["kl_reverse"]
@@ -147,21 +171,23 @@ def train_step(cfg, model, ema, optimizer, batch, step):
             + cfg.kl_mean * terms["kl_mean"])
     optimizer.zero_grad()
     loss.backward()
+    terms = {name: term.detach() for name, term in terms.items()}
+    average([p.grad for p in model.parameters() if p.grad is not None] + list(terms.values()))
     norm = clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
     ema.multi_avg_fn = get_ema_multi_avg_fn(min(cfg.ema, (step + 1) / (step + 10)))   # warm-up
     ema.update_parameters(model)
-    return {**{name: term.detach() for name, term in terms.items()}, "gradient norm": norm}
+    return {**terms, "gradient norm": norm}
 
 # ---- the run ----
 
-def state_of(optimizer, ema, generator, step):
+def state_of(ema, optimizer, generator, step):
     """What a resumed run needs beside the weights."""
     random = {"torch": torch.get_rng_state(), "data": generator.get_state()}
     if generator.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(generator.device)
     return {"optimizer": optimizer.state_dict(), "n_averaged": ema.n_averaged, "step": step,
-            "random": random}
+            "random": random, "config": asdict(ema.module.cfg)}       # model.cfg is one rank's
 
 def restore(content, model, ema, optimizer, generator):
     """Put a checkpoint's content back; returns the step to go on from."""
@@ -175,50 +201,39 @@ def restore(content, model, ema, optimizer, generator):
         torch.cuda.set_rng_state(content["random"]["cuda"].cpu(), generator.device)
     return content["step"]
 
-def checked(record):
-    """The record of numbers, or ValueError naming the first that is not finite."""
-    for name, value in record.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value} at step {record['step']}. The last good "
-                             "checkpoint is kept; try a smaller --lr, or --precision float32.")
-    return record
-
 def train(cfg, data, out, args, parts, first_step):
     """Train from first_step to cfg.steps, logging and saving into the folder out."""
     model, ema, optimizer, generator = parts
     path, started, stop = os.path.join(out, "ckpt.pt"), time.time(), []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))    # Ctrl-C ends after a whole step
     bar = tqdm(total=cfg.steps * cfg.batch_size, initial=first_step * cfg.batch_size,
-               unit=" images", unit_scale=True)
-    with bar, open(os.path.join(out, "log.jsonl"), "a") as log:
+               unit=" images", unit_scale=True, disable=RANK > 0)
+    with bar, open(os.path.join(out, "log.jsonl") if RANK == 0 else os.devnull, "a", 1) as log:
         for step in range(first_step, cfg.steps):
-            batch = draw_batch(cfg, data, generator)
-            numbers = train_step(cfg, model, ema, optimizer, batch, step)
+            numbers = train_step(cfg, model, ema, optimizer, draw_batch(cfg, data, generator), step)
             bar.update(cfg.batch_size)
             done = step + 1
-            saving = done % args.save_every == 0 or done == cfg.steps or stop
+            stopping, = average([torch.tensor(float(len(stop)))])  # all ranks at the same step
+            saving = done % args.save_every == 0 or done == cfg.steps or stopping
             if done % args.log_every == 0 or saving:              # the only wait for the device
-                record = checked({"step": done, **{k: float(v) for k, v in numbers.items()}})
-                bar.set_postfix({k: f"{record[k]:.3g}" for k in ("ddpm", "rec", "kl")
-                                 if k in record})
+                record = {"step": done, **{k: float(v) for k, v in numbers.items()}}
+                if not math.isfinite(sum(record.values())):
+                    raise ValueError(f"not finite: {record}. The last good checkpoint is kept; try "
+                                     "a smaller --lr, or --precision float32.")
+                bar.set_postfix({k: record[k] for k in ("ddpm", "rec", "kl") if k in record})
                 log.write(json.dumps({**record, "kl weight": kl_weight(cfg, step),
                                       "seconds": round(time.time() - started, 2)}) + "\n")
-                log.flush()
-            if saving:
-                save_checkpoint(path, model, ema.module,
-                                **state_of(optimizer, ema, generator, done))
-            if stop:
-                bar.close()
-                sys.exit(f"stopped and saved. Go on with: python train.py --resume {path}")
+            if saving and RANK == 0:
+                save_checkpoint(path, model, ema.module, **state_of(*parts[1:], done))
+            if stopping:
+                sys.exit(0 if RANK else f"saved. Go on with: python train.py --resume {path}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @torch.no_grad()
 def validate(cfg, model, data, n=4096, size=256):
     """ELBO in nats per image, higher is better, on n modulated draws of a fixed seed; its terms.
-
     -(values / 2) log(2 pi e MSE) - KL: a Gaussian decoder whose variance is the best one, the mean
-    squared error itself, so that no lambda enters.
-    """
+    squared error itself, so that no lambda enters."""
     generator, sums = torch.Generator(data.device).manual_seed(1_000_003), {"rec": 0.0, "kl": 0.0}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -234,7 +249,8 @@ def describe(cfg, args, data, device, model, seconds):
     """The first line: what runs, on what, and what it will cost."""
     counts = {name: sum(p.numel() for p in part.parameters()) / 1e6
               for name, part in model.named_children()}
-    method = "paper" if args.paper else "recipe"
+    method = (("paper" if args.paper else "recipe") + f", {WORLD} ranks" * (WORLD > 1)
+              + f", frozen iVAE of {args.freeze_ivae}" * bool(args.freeze_ivae))
     where = (torch.cuda.get_device_name(device) if device.type == "cuda"
              else f"{device.type} ({torch.get_num_threads()} threads)")
     return (f"{where}, size {args.size}, method {method}: {cfg.model} with {cfg.prior} prior, "
@@ -242,23 +258,21 @@ def describe(cfg, args, data, device, model, seconds):
             f"({', '.join(f'{k} {v:.2f}' for k, v in counts.items())}); {cfg.steps} steps of "
             f"{cfg.batch_size} images, some {max(1, round(seconds / 60))} min")
 
-def step_seconds(cfg, data, device):
+def step_seconds(cfg, data, device, ivae):
     """Seconds of one training step, the median of five after one unmeasured, on a throwaway."""
-    parts, times = build(cfg, device), []
-    model, ema, optimizer, generator = parts
+    (model, ema, optimizer, generator), times = build(cfg, device, ivae), []
     for i in range(6):
         start = time.perf_counter()
-        numbers = train_step(cfg, model, ema, optimizer, draw_batch(cfg, data, generator), i)
-        float(numbers["rec"])                                     # waits for the device
-        times.append(time.perf_counter() - start)
+        float(train_step(cfg, model, ema, optimizer, draw_batch(cfg, data, generator), i)["rec"])
+        times.append(time.perf_counter() - start)                 # float waited for the device
     return sorted(times[1:])[2]
 
 def provenance(args, data):
     """What a checkpoint says of its origin."""
     commit = subprocess.run("git rev-parse --short HEAD", shell=True, text=True,
-                            capture_output=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-    return {"data": data.name, "data_arg": args.data, "commit": commit.stdout.strip() or "unknown",
-            "size": args.size, "method": "paper" if args.paper else "recipe",
+                            capture_output=True, cwd=os.path.dirname(__file__)).stdout.strip()
+    return {"data": data.name, "data_arg": args.data, "size": args.size, "frozen": args.freeze_ivae,
+            "method": "paper" if args.paper else "recipe", "commit": commit or "unknown",
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                          "numpy": np.__version__}}
 
@@ -287,8 +301,7 @@ def draw_samples(out, model, data, n=10):
     rows = {"image": x, "decoder": model.decode(z)}
     if model.unet is not None:
         rows["diffusion"] = model.sample(z, seeded_noise(range(n), x.shape[1:], x.device)())
-    images = torch.cat(list(rows.values()))
-    save_grid(os.path.join(out, "samples.png"), images, list(rows), [""] * n)
+    save_grid(f"{out}/samples.png", torch.cat(list(rows.values())), list(rows), [""] * n)
 
 def finish(cfg, data, out, ema):
     """Validation ELBO, pictures and the two commands that come next."""
@@ -306,7 +319,8 @@ def finish(cfg, data, out, ema):
 def resume(args, device):
     """The content of --resume's checkpoint; sets the arguments that the run was started with."""
     content = read_checkpoint(args.resume, device)
-    if any(hasattr(args, f.name) for f in fields(Config)) or args.out or args.paper or args.size:
+    if any(hasattr(args, f.name) for f in fields(Config)) or any(
+            (args.out, args.paper, args.size, args.freeze_ivae)):
         raise ValueError("--resume goes on with the run as it was: leave out --out, --size, "
                          "--paper and every flag that changes the numbers.")
     if "optimizer" not in content or "data_arg" not in content["info"]:
@@ -316,49 +330,58 @@ def resume(args, device):
                          f"{device.type}. Pass that one as --device.")
     args.data, args.size = args.data or content["info"]["data_arg"], content["info"]["size"]
     args.paper = content["info"]["method"] == "paper"
+    args.freeze_ivae = content["info"].get("frozen")
     return content
 
 def prepare(args):
     """Everything that reads the user's input: config, data, folder, model, first step."""
-    for name in ("save_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got "
-                             f"{getattr(args, name)}.")
+    if min(args.save_every, args.log_every) < 1:
+        raise ValueError("--save-every and --log-every must be at least 1, got "
+                         f"{args.save_every} and {args.log_every}.")
     device = pick_device(args.device)
     content = resume(args, device) if args.resume else None
     args.data = args.data or "shapes3d"
     args.size = args.size or ("full" if device.type == "cuda" else "small")
-    data = load_data(args.data, device, tqdm)
-    cfg = Config(**content["config"]) if content else make_config(args, data)
-    seconds = step_seconds(cfg, data, device) * (cfg.steps - (content["step"] if content else 0))
+    ivae = load_checkpoint(args.resume or args.freeze_ivae, device) if args.freeze_ivae else None
+    data = load_data(args.data, device, lambda rows, **bar: tqdm(rows, disable=RANK > 0, **bar))
+    cfg = Config(**content["config"]) if content else make_config(args, data, ivae)
+    if any(n % WORLD for n in (cfg.batch_size, cfg.rec_images, cfg.ddpm_images)):
+        raise ValueError(f"--batch-size, --rec-images and --ddpm-images: {WORLD} ranks share each "
+                         f"evenly, got {cfg.batch_size}, {cfg.rec_images} and {cfg.ddpm_images}.")
     out = (os.path.dirname(args.resume) or ".") if content else make_folder(args, cfg)
-    parts = build(cfg, device)
+    left = step_seconds(cfg, data, device, ivae) * (cfg.steps - (content["step"] if content else 0))
+    parts = build(cfg, device, ivae)
     parts[0].info = content["info"] if content else provenance(args, data)
     first_step = restore(content, *parts) if content else 0
-    trim_log(out, first_step, cfg)
-    print(describe(cfg, args, data, device, parts[0], seconds), flush=True)
+    if RANK == 0:
+        trim_log(out, first_step, cfg)
+        print(describe(cfg, args, data, device, parts[0], left), flush=True)
     return cfg, data, out, parts, first_step
 
 def trim_log(out, first_step, cfg):
     """Keep of log.jsonl the config and the lines up to first_step."""
-    path, lines = os.path.join(out, "log.jsonl"), []
-    if os.path.exists(path):
-        with open(path) as log:
-            lines = [line for line in log if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line).get("step", first_step + 1) <= first_step]
-    with open(path, "w") as log:
+    with open(os.path.join(out, "log.jsonl"), "a+") as log:
+        log.seek(0)
+        kept = [line for line in log if line.endswith("\n")
+                and json.loads(line).get("step", first_step + 1) <= first_step]
+        log.truncate(0)
         log.write(json.dumps({"config": asdict(cfg)}) + "\n" + "".join(kept))
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
+        if WORLD > 1:
+            dist.init_process_group()                             # gloo on CPUs, nccl on GPUs
+            atexit.register(dist.destroy_process_group)
         cfg, data, out, parts, first_step = prepare(args)
         train(cfg, data, out, args, parts, first_step)
-        finish(cfg, data, out, parts[1])
+        if RANK == 0:
+            finish(cfg, data, out, parts[1])
+        average([torch.zeros(1)])                                 # the others wait for rank 0
     except torch.OutOfMemoryError:
-        sys.exit("train.py: out of GPU memory. Try a smaller --batch-size or --ddpm-images, or "
-                 "--precision bfloat16.")
+        sys.exit("train.py: out of GPU memory. Try a smaller --batch-size or --ddpm-images.")
     except (ValueError, OSError, MemoryError) as error:
+        time.sleep(10 if RANK else 0)       # torchrun ends us before if rank 0 met it too
         sys.exit(f"train.py: {error}")
 
 if __name__ == "__main__":

@@ -177,6 +177,82 @@ def test_help_is_short_and_no_switch_is_on_by_default():
     assert not any(value is True for value in vars(parser.parse_args([])).values())
 
 
+# ---- a U-Net on a frozen iVAE ----
+
+IVAE = ("encoder", "prior", "decoder")
+UNET = "--unet-width 8 --batch-size 4 --device cpu --size small --log-every 1".split()
+
+
+@pytest.fixture(scope="module")
+def full_ivae(tmp_path_factory, tiny_npz):
+    """Checkpoint of an iVAE unlike the defaults, with a prior that has weights."""
+    out = tmp_path_factory.mktemp("frozen") / "ivae"
+    train.main([*TINY, "--data", tiny_npz, "--model", "ivae", "--prior", "full", "--u", "var",
+                "--patch", "2", "--steps", "3", "--out", str(out)])
+    return str(out / "ckpt.pt")
+
+
+def parts_of(weights, names=IVAE):
+    return {k: v for k, v in weights.items() if k.split(".")[0] in names}
+
+
+def test_frozen_ivae_never_changes_and_the_unet_learns_from_the_denoising_term(
+        full_ivae, tiny_npz, tmp_path, capsys):
+    """Also where the flags weigh the other terms; the resumed run equals the whole one."""
+    ckpt = read_checkpoint(full_ivae)
+    unets = {}
+    for name, flags in {"bare": "--steps 4", "weighed": "--steps 4 --kl 9 --rec 9"}.items():
+        train.main([*UNET, "--data", tiny_npz, "--freeze-ivae", full_ivae, *flags.split(),
+                    "--out", str(tmp_path / name)])
+        content = read_checkpoint(str(tmp_path / name / "ckpt.pt"))
+        for weights in (content["model"], content["ema"]):
+            assert same(parts_of(weights), parts_of(ckpt["ema"]))
+        unets[name] = parts_of(content["model"], ["unet"])
+        assert content["config"]["latent_dim"] == 3 and content["config"]["model"] == "idiff"
+    assert not same(parts_of(ckpt["model"]), parts_of(ckpt["ema"]))    # or the above says little
+    assert unets["bare"] and same(unets["bare"], unets["weighed"])
+    assert f"frozen iVAE of {full_ivae}" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_resumed_run_stays_frozen_without_the_first_checkpoint(full_ivae, tiny_npz, tmp_path,
+                                                                 capsys):
+    gone, whole, out = (str(tmp_path / name) for name in ("gone.pt", "whole", "run"))
+    shutil.copy(full_ivae, gone)
+    argv = [*UNET, "--data", tiny_npz, "--freeze-ivae", gone, "--schedule", "constant"]
+    train.main([*argv, "--steps", "4", "--out", whole])
+    train.main([*argv, "--steps", "2", "--out", out])
+    Path(gone).unlink()
+    four, content = (read_checkpoint(f"{run}/ckpt.pt") for run in (whole, out))
+    content["config"] = four["config"]                                 # goes on to step 4
+    torch.save(content, f"{out}/ckpt.pt")
+    capsys.readouterr()
+    train.main(["--resume", f"{out}/ckpt.pt", "--device", "cpu"])
+    assert f"frozen iVAE of {gone}" in capsys.readouterr().out.splitlines()[0]
+    resumed = read_checkpoint(f"{out}/ckpt.pt")
+    for part in ("model", "ema", "optimizer", "random", "step"):
+        assert same(four[part], resumed[part]), part
+    assert same(parts_of(resumed["model"]), parts_of(read_checkpoint(full_ivae)["ema"]))
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--latent-dim 4", "latent_dim 3, not 4"), ("--prior known", "prior full, not known"),
+    ("--model ivae", "model idiff, not ivae"), ("--data dsprites", "image_size 16, not 64")])
+def test_what_contradicts_a_frozen_ivae_is_named(full_ivae, tiny_npz, tmp_path, capsys, flags,
+                                                 named):
+    out = tmp_path / "run"
+    text = refusal([*UNET, "--data", tiny_npz, "--freeze-ivae", full_ivae, "--out", str(out),
+                    *flags.split()], capsys)
+    assert full_ivae in text and named in text and not out.exists()
+
+
+def test_a_vae_or_a_missing_checkpoint_is_not_frozen(full_ivae, tiny_npz, tmp_path, capsys):
+    train.main([*TINY, "--data", tiny_npz, "--model", "vae", "--steps", "1", "--out",
+                str(tmp_path)])
+    for path, named in ((tmp_path / "ckpt.pt", "not a VAE"), ("no_such.pt", "no_such.pt")):
+        assert named in refusal([*UNET, "--data", tiny_npz, "--freeze-ivae", str(path)], capsys)
+    assert "--resume" in refusal(["--resume", full_ivae, "--freeze-ivae", full_ivae], capsys)
+
+
 # ---- stop and resume ----
 
 
