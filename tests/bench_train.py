@@ -14,14 +14,15 @@ ratios, so that a busy machine troubles all alike.
 """
 
 import argparse
-import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
 from bisect import bisect_left
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -73,7 +74,8 @@ class Peer(nn.Module):
     """Another library's U-Net, called as ScoreUNet and with its way out where noise is faint."""
     def __init__(self, make, cfg, width):
         super().__init__()
-        c, self.sees_x_hat, self.predicts_x = 3, cfg.condition == "z+decoder", cfg.predict == "x"
+        self.sees_x_hat, self.predicts_x = cfg.condition == "z+decoder", cfg.predict == "x"
+        c, self.sde = cfg.image_channels, VPSDE()
         self.net, c_emb, self.call = make(2 * c if self.sees_x_hat else c, c, width)
         self.latent = nn.Sequential(nn.Linear(7 * cfg.latent_dim, c_emb), nn.SiLU(),
                                     nn.Linear(c_emb, c_emb))
@@ -81,7 +83,7 @@ class Peer(nn.Module):
     def forward(self, x_t, t, z, x_hat):
         seen = torch.cat([x_t, x_hat], 1) if self.sees_x_hat else x_t
         h = self.call(self.net, seen, 1000 * t, self.latent(fourier(z))).float()
-        keep = 1 / (1 + (VPSDE().sigma(t) / 0.02).square()).view(-1, 1, 1, 1)
+        keep = 1 / (1 + (self.sde.sigma(t) / 0.02).square()).view(-1, 1, 1, 1)
         return keep * x_t + (1 - keep) * h if self.predicts_x else h
 
 def ours(patch, cfg, width):
@@ -152,7 +154,7 @@ def draw_s(cfg, data, generator, n=10):
     return (time.perf_counter() - start) / n
 
 def in_turn(runs, rounds):
-    """{name: seconds of each round} of functions that return seconds, after one unmeasured round."""
+    """{name: seconds of each round} of functions that return seconds; one more round warms up."""
     times = [{name: run() for name, run in runs.items()} for _ in range(rounds + 1)][1:]
     return {name: [t[name] for t in times] for name in runs}
 
@@ -161,12 +163,16 @@ def ratio(a, b):
     return median(x / y for x, y in zip(a, b))
 
 def peak_mib(make, cfg, width):
-    """MiB that the first training step adds; in a process of its own, for its peak to be known."""
+    """MiB that the model and one training step add, inf if too many for the device.
+    To be called in a process of its own, for a peak belongs to a process."""
     b, n_u = cfg.batch_size, 2 * cfg.n_factors
     batch = [torch.rand(b, 3, 64, 64), torch.rand(b, n_u), torch.rand(b), torch.rand(b, 3, 64, 64)]
     before = status_mib("VmRSS")
     model, ema, optimizer, _ = build(cfg, make, width)
-    train.train_step(cfg, model, ema, optimizer, [v.to(DEVICE) for v in batch], 0)
+    try:
+        train.train_step(cfg, model, ema, optimizer, [v.to(DEVICE) for v in batch], 0)
+    except torch.OutOfMemoryError:
+        return np.inf
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return status_mib("VmHWM") - before
@@ -178,8 +184,8 @@ def status_mib(key):
     return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(key)), np.nan)
 
 def peak(make, width, batch):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_mib, (make, config(batch), width))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(peak_mib, make, config(batch), width).result()
 
 # ---- the table's parts ----
 
@@ -205,15 +211,16 @@ def bench_nets(args, data):
     times = in_turn({name: partial(step_s, cfg, data, build(cfg, make, width))
                      for name, (make, width, _) in made.items()}, args.rounds)
     for name, (make, width, count) in made.items():
-        note = ", ".join(f"{ratio(times[name], times[f'ours, patch {p}']):.2f}" for p in (4, 2))
+        note = ", ".join(f"{ratio(times[name], times[f'ours, patch {p}']):.2f} x patch {p}'s time"
+                         for p in (4, 2))
         mib = [(b, peak(make, width, b)) for b in batches]
         print_times(f"step of {args.batch} images", name, [args.batch / s for s in times[name]],
-                    "images/s", f"{note} x our time (patch 4, 2)", f"{count:.2f}",
+                    "images/s", note, f"{count:.2f}",
                     ", ".join(f"{m:.0f} at {b}" for b, m in mib))
 
 def write_file(path, data, n=4096):
     """An .npz of n images of data, as a user's own file."""
-    rows = torch.randperm(len(data), device=data.device)[:n]
+    rows = torch.randperm(len(data))[:n].to(data.device)
     images = torch.cat([data.images(part) for part in rows.split(256)])
     np.savez(path, factors=data.factors(rows).cpu().numpy(),
              images=((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
@@ -320,11 +327,11 @@ def bench_curve(args, data):
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 rounds of 4 images, no full size")
+    parser.add_argument("--quick", action="store_true", help="3 rounds, 4 images, no full size")
     parser.add_argument("--curve", action="store_true", help="denoising loss by images seen")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
-    parser.add_argument("--batch", type=int, default=16 if DEVICE.type == "cpu" else 512,
-                        help="images a step (default: 16, on CUDA 512)")
+    parser.add_argument("--batch", type=int, default=16 if DEVICE.type == "cpu" else 128,
+                        help="images a step with each U-Net (default: 16, on CUDA 128)")
     parser.add_argument("--params", type=float, default=9.5,
                         help="U-Net parameters in millions, nearly (default: 9.5)")
     parser.add_argument("--images", type=int, default=3000, help="of --curve (default: 3000)")
