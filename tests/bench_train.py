@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: MIT
+"""Speed of training: against other U-Nets of equal size, the data's share, start-up, levers.
+
+    pip install diffusers denoising_diffusion_pytorch    # the other U-Nets; each may be missing
+    python tests/bench_train.py                   # one table, some 6 minutes on two CPU cores
+    python tests/bench_train.py --quick           # the same of fewer and smaller steps
+    python tests/bench_train.py --curve           # instead: denoising loss by images seen, hours
+
+Every step is train.py's own build, draw_batch and train_step with the same iVAE and the same draws;
+only the U-Net differs, and it sees every image. The other U-Nets get what ours gets: z by our
+Fourier features and two layers, added to their embedding of t, and the decoder's image as three
+more input channels. Cases take turns within a round and a ratio is the median of the rounds' own
+ratios, so that a busy machine troubles all alike.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from bisect import bisect_left
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+from idiff import VPSDE, Config, IDiff, ScoreUNet, fourier, load_data, losses  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PRECISION = "bfloat16" if DEVICE.type == "cuda" else "float32"
+MARKS = (500, 1000, 2000, 3000)                                # images seen, of --curve
+RECIPES = {"default: predicts x, z and decoder": {},
+           "plain: predicts eps, z alone": dict(predict="eps", condition="z", weight="eps")}
+COLUMNS = ("measured", "case", "median", "least to most", "ratio", "M params", "peak MiB")
+
+# ---- the U-Nets, each made of a config and a width ----
+
+class TimeAndLatent(nn.Module):
+    """A U-Net's embedding of t, given t and a further embedding to add."""
+    def __init__(self, time):
+        super().__init__()
+        self.time = time
+
+    def forward(self, pair):
+        return self.time(pair[0]) + pair[1]
+
+def diffusers_net(c_in, c_out, width, **kinds):
+    """UNet2DModel shaped as its defaults, scaled: widths 1, 2, 3, 4, attention but at the finest.
+    Beside it the size of its embedding, and how it is called."""
+    from diffusers import UNet2DModel
+    widths = [8 * max(1, round(width * k / 8)) for k in (1, 2, 3, 4)]
+    net = UNet2DModel(in_channels=c_in, out_channels=c_out, block_out_channels=widths,
+                      norm_num_groups=8, class_embed_type="identity", **kinds)
+    return net, 4 * widths[0], lambda net, x, t, emb: net(x, t, class_labels=emb).sample
+
+def lucidrains_net(c_in, c_out, width):
+    """The same of denoising_diffusion_pytorch's Unet by its defaults: widths 1, 2, 4, 8."""
+    from denoising_diffusion_pytorch import Unet
+    net = Unet(2 * width, channels=c_in, out_dim=c_out)
+    net.time_mlp = TimeAndLatent(net.time_mlp)
+    return net, 8 * width, lambda net, x, t, emb: net(x, (t, emb))
+
+class Peer(nn.Module):
+    """Another library's U-Net, called as ScoreUNet and with its way out where noise is faint."""
+    def __init__(self, make, cfg, width):
+        super().__init__()
+        self.sees_x_hat, self.predicts_x = cfg.condition == "z+decoder", cfg.predict == "x"
+        c, self.sde = cfg.image_channels, VPSDE()
+        self.net, c_emb, self.call = make(2 * c if self.sees_x_hat else c, c, width)
+        self.latent = nn.Sequential(nn.Linear(7 * cfg.latent_dim, c_emb), nn.SiLU(),
+                                    nn.Linear(c_emb, c_emb))
+
+    def forward(self, x_t, t, z, x_hat):
+        seen = torch.cat([x_t, x_hat], 1) if self.sees_x_hat else x_t
+        h = self.call(self.net, seen, 1000 * t, self.latent(fourier(z))).float()
+        keep = 1 / (1 + (self.sde.sigma(t) / 0.02).square()).view(-1, 1, 1, 1)
+        return keep * x_t + (1 - keep) * h if self.predicts_x else h
+
+def ours(patch, cfg, width):
+    return ScoreUNet(replace(cfg, patch=patch, unet_width=8 * width))
+
+NO_ATTENTION = dict(down_block_types=("DownBlock2D",) * 4, up_block_types=("UpBlock2D",) * 4,
+                    add_attention=False)
+CASES = {"ours, patch 4": partial(ours, 4), "ours, patch 2": partial(ours, 2),
+         "diffusers UNet2DModel": partial(Peer, diffusers_net),
+         "the same without attention": partial(Peer, partial(diffusers_net, **NO_ATTENTION)),
+         "denoising_diffusion_pytorch Unet": partial(Peer, lucidrains_net)}
+
+def cases():
+    """CASES without those whose library is missing, each named in one line."""
+    found = {}
+    for name, make in CASES.items():
+        try:
+            parameters(make, Config(), 4)
+            found[name] = make
+        except ImportError as error:
+            print(f"left out, not installed: {name} ({error})\n")
+    return found
+
+def parameters(make, cfg, width):
+    """How many parameters a U-Net has, in millions, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in make(cfg, width).parameters()) / 1e6
+
+def fit(make, cfg, target):
+    """The width whose parameter count is nearest to target, in millions, and that count."""
+    count = partial(parameters, make, cfg)
+    width = bisect_left(range(200), target, lo=2, key=count)
+    return min(((w, count(w)) for w in (width - 1, width)), key=lambda pair: abs(pair[1] - target))
+
+# ---- one step ----
+
+def config(batch, **changes):
+    """Config of `batch` images a step, all seen by decoder and U-Net."""
+    return replace(Config(), steps=10_000, batch_size=batch, ddpm_images=batch, rec_images=0,
+                   precision=PRECISION, **changes)
+
+def build(cfg, make=None, width=0):
+    """train.build, with another U-Net if one is given; the iVAE's weights are the same for all."""
+    def model(cfg):
+        result = IDiff(cfg)
+        if make:
+            result.unet = make(cfg, width)
+        return result
+    with mock.patch.object(train, "IDiff", model):
+        return train.build(cfg, DEVICE)
+
+def step_s(cfg, data, parts, contiguous=False):
+    """Seconds of one training step, draw included."""
+    model, ema, optimizer, generator = parts
+    start = time.perf_counter()
+    batch = train.draw_batch(cfg, data, generator)
+    if contiguous:
+        batch = [tensor.contiguous() for tensor in batch]
+    float(train.train_step(cfg, model, ema, optimizer, batch, 0)["rec"])      # waits for the device
+    return time.perf_counter() - start
+
+def draw_s(cfg, data, generator, n=10):
+    """Seconds of draw_batch alone, mean of n."""
+    start = time.perf_counter()
+    for _ in range(n):
+        x = train.draw_batch(cfg, data, generator)[0]
+    float(x[0, 0, 0, 0])
+    return (time.perf_counter() - start) / n
+
+def in_turn(runs, rounds):
+    """{name: seconds of each round} of functions that return seconds; one more round warms up."""
+    times = [{name: run() for name, run in runs.items()} for _ in range(rounds + 1)][1:]
+    return {name: [t[name] for t in times] for name in runs}
+
+def ratio(a, b):
+    """Median over the rounds of a / b."""
+    return median(x / y for x, y in zip(a, b))
+
+def peak_mib(make, cfg, width):
+    """MiB that the model and one training step add, inf if too many for the device.
+    To be called in a process of its own, for a peak belongs to a process."""
+    b, n_u = cfg.batch_size, 2 * cfg.n_factors
+    batch = [torch.rand(b, 3, 64, 64), torch.rand(b, n_u), torch.rand(b), torch.rand(b, 3, 64, 64)]
+    before = status_mib("VmRSS")
+    model, ema, optimizer, _ = build(cfg, make, width)
+    try:
+        train.train_step(cfg, model, ema, optimizer, [v.to(DEVICE) for v in batch], 0)
+    except torch.OutOfMemoryError:
+        return np.inf
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return status_mib("VmHWM") - before
+
+def status_mib(key):
+    """A field of Linux's /proc/self/status in MiB, NaN elsewhere."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(key)), np.nan)
+
+def peak(make, width, batch):
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(peak_mib, make, config(batch), width).result()
+
+# ---- the table's parts ----
+
+def print_row(*cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+def print_header(columns):
+    print_row(*columns)
+    print_row(*["---"] * len(columns))
+
+def print_times(measured, case, values, unit, note="", *rest):
+    """A row of the median of values and their range."""
+    print_row(measured, case, f"{median(values):.3g} {unit}",
+              f"{min(values):.3g} to {max(values):.3g}", note, *rest, *[""] * (2 - len(rest)))
+
+def bench_nets(args, data):
+    """Training steps with each U-Net, and the memory they take."""
+    cfg, batches = config(args.batch), (4,) if args.quick else (32,)
+    if DEVICE.type == "cuda":
+        batches += (512,)
+    made = {name: (make, *fit(make, cfg, args.params)) for name, make in cases().items()}
+    print_header(COLUMNS)
+    times = in_turn({name: partial(step_s, cfg, data, build(cfg, make, width))
+                     for name, (make, width, _) in made.items()}, args.rounds)
+    for name, (make, width, count) in made.items():
+        note = ", ".join(f"{ratio(times[name], times[f'ours, patch {p}']):.2f} x patch {p}'s time"
+                         for p in (4, 2))
+        mib = [(b, peak(make, width, b)) for b in batches]
+        print_times(f"step of {args.batch} images", name, [args.batch / s for s in times[name]],
+                    "images/s", note, f"{count:.2f}",
+                    ", ".join(f"{m:.0f} at {b}" for b, m in mib))
+
+def write_file(path, data, n=4096):
+    """An .npz of n images of data, as a user's own file."""
+    rows = torch.randperm(len(data))[:n].to(data.device)
+    images = torch.cat([data.images(part) for part in rows.split(256)])
+    np.savez(path, factors=data.factors(rows).cpu().numpy(),
+             images=((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+def bench_data(args, data, file_data):
+    """draw_batch of the replica and of a file, as shares of the steps of both sizes."""
+    full = {**train.SIZES["full"], "batch_size": 32, "ddpm_images": 32, "precision": PRECISION}
+    sizes = {"small": Config(), **({} if args.quick else {"full": replace(Config(), **full)})}
+    for size, cfg in sizes.items():
+        cfg, name = replace(cfg, steps=10_000), f"{size} step, batch {cfg.batch_size}"
+        parts = build(cfg)
+        times = in_turn({"step": partial(step_s, cfg, data, parts),
+                         data.name: partial(draw_s, cfg, data, parts[-1]),
+                         "resident .npz": partial(draw_s, cfg, file_data, parts[-1])},
+                        args.rounds if size == "small" else min(args.rounds, 3))
+        step = times.pop("step")
+        print_times(name, "draw and step", step, "s")
+        for case, draws in times.items():
+            print_times(name, f"draw_batch, {case}", [1000 * s for s in draws], "ms",
+                        f"{100 * ratio(draws, step):.2f} % of the step")
+
+def bench_levers(args, data):
+    """What each choice gives at the small size, as time relative to the default's."""
+    small = replace(Config(), steps=10_000)
+    def default_adamw(cfg):
+        model, ema, _, generator = build(cfg)
+        return model, ema, torch.optim.AdamW(model.parameters(), cfg.lr), generator
+    def contiguous(cfg):
+        parts = build(cfg)
+        parts[0].to(memory_format=torch.contiguous_format)
+        return parts
+    runs = {"default: patch 4, U-Net sees 24 of 64": partial(step_s, small, data, build(small))}
+    for name, changes in {"patch 2": dict(patch=2), "patch 1": dict(patch=1),
+                          "U-Net and decoder see all": dict(ddpm_images=64, rec_images=0)}.items():
+        cfg = replace(small, **changes)
+        runs[name] = partial(step_s, cfg, data, build(cfg))
+    runs["not channels_last"] = partial(step_s, small, data, contiguous(small), contiguous=True)
+    runs["AdamW not fused"] = partial(step_s, small, data, default_adamw(small))
+    times = in_turn(runs, args.rounds)
+    for name, seconds in times.items():
+        print_times("lever, small step", name, [1000 * s for s in seconds], "ms",
+                    f"{ratio(seconds, next(iter(times.values()))):.2f} x the default's time")
+
+def command_s(*argv):
+    """Seconds that python needs for a command line, in the project's root."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *argv], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+def first_step_s(folder):
+    """Seconds from the command to the log's first step; the run is then ended."""
+    start, log = time.perf_counter(), Path(folder, "run", "log.jsonl")
+    argv = [sys.executable, "train.py", "--out", str(log.parent), "--log-every", "1"]
+    run = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while run.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 1):
+        time.sleep(0.02)
+    seconds = time.perf_counter() - start
+    run.kill()
+    if run.wait() >= 0:
+        sys.exit("bench_train.py: train.py ended before its first step.")
+    return seconds
+
+def bench_start(args, folder):
+    """Start-up of train.py."""
+    times = in_turn({"import torch": partial(command_s, "-c", "import torch"),
+                     "train.py --help": partial(command_s, "train.py", "--help")}, args.rounds)
+    for name, seconds in times.items():
+        print_times("start-up", name, seconds, "s")
+    print_times("start-up", "--help beyond torch", [b - a for a, b in zip(*times.values())], "s")
+    print_times("start-up", "command to first step", [first_step_s(folder)], "s")
+
+# ---- the curve ----
+
+@torch.no_grad()
+def denoising_loss(model, batch):
+    """The denoising loss on a fixed draw of images, t, eps and of the noise of z."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return float(losses(model, *batch)["ddpm"])
+
+def curve(args, recipe, data, make):
+    """The denoising loss at each of MARKS, trained on the same draws whatever the U-Net is."""
+    cfg = config(10, lr=args.lr, schedule="constant", **recipe)
+    held_out = train.draw_batch(config(120), data, torch.Generator(DEVICE).manual_seed(1_000_003))
+    width, count = fit(make, cfg, args.params)
+    model, ema, optimizer, generator = build(cfg, make, width)
+    torch.manual_seed(1)                                       # of the noise of z
+    found = []
+    for step in range(args.images // 10):
+        batch = train.draw_batch(cfg, data, generator)
+        train.train_step(cfg, model, ema, optimizer, batch, step)
+        if 10 * (step + 1) in MARKS:
+            found.append(f"{denoising_loss(model, held_out):.4f}")
+    return f"{count:.2f}", *found
+
+def bench_curve(args, data):
+    found = cases()
+    print_header(("recipe", "U-Net", "M params",
+                  *[f"loss at {n} images" for n in MARKS if n <= args.images]))
+    for name, recipe in RECIPES.items():
+        for case, make in found.items():
+            print_row(name, case, *curve(args, recipe, data, make))
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="3 rounds, 4 images, no full size")
+    parser.add_argument("--curve", action="store_true", help="denoising loss by images seen")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
+    parser.add_argument("--batch", type=int, default=16 if DEVICE.type == "cpu" else 128,
+                        help="images a step with each U-Net (default: 16, on CUDA 128)")
+    parser.add_argument("--params", type=float, default=9.5,
+                        help="U-Net parameters in millions, nearly (default: 9.5)")
+    parser.add_argument("--images", type=int, default=3000, help="of --curve (default: 3000)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="of --curve (default: 5e-4)")
+    return parser
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    where = (torch.cuda.get_device_name() if DEVICE.type == "cuda"
+             else f"CPU, {torch.get_num_threads()} threads")
+    if args.quick:
+        args.rounds, args.batch = min(args.rounds, 3), min(args.batch, 4)
+    print(f"{where}, torch {torch.__version__}, {PRECISION}\n")
+    data = load_data("shapes3d", DEVICE)
+    if args.curve:
+        return bench_curve(args, data)
+    bench_nets(args, data)
+    with tempfile.TemporaryDirectory() as folder:
+        write_file(f"{folder}/own.npz", data)
+        bench_data(args, data, load_data(f"{folder}/own.npz", DEVICE))
+        bench_levers(args, data)
+        bench_start(args, folder)
+
+if __name__ == "__main__":
+    main()
