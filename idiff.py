@@ -54,8 +54,7 @@ class Config:
     kl_reverse: float = option(0.0, "weight of KL(p(z|u) || q(z|x)), as a multiple of KL's own")
     kl_start: float = option(0.0, "KL weight at step 0, from which it falls to --kl; 0 for none")
     predict: str = option("x", "U-Net's output; v is alpha eps - sigma x", ("eps", "v", "x"))
-    condition: str = option("z+decoder", "what the U-Net sees: z, or its decoder image as well",
-                            ("z", "z+decoder"))
+    condition: str = option("z+decoder", "U-Net sees z, or its image too", ("z", "z+decoder"))
     weight: str = option("x", "whose squared error is the loss; eps in Eq. 3", ("eps", "v", "x"))
     width: int = option(32, "channels of encoder and decoder, finest level", least=1)
     unet_width: int = option(32, "channels of the U-Net, finest level", least=8)
@@ -110,7 +109,9 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         h, d = self.net(x).float(), self.cfg.latent_dim                # h: (B, 2 D) or (B, D L)
-        return h.chunk(2, 1) if self.cfg.latent == "gaussian" else (h.unflatten(1, (d, -1)),)
+        if self.cfg.latent == "gaussian":
+            return h[:, :d], 4 - F.softplus(4 - h[:, d:])              # below 4, lest exp overflow
+        return h.unflatten(1, (d, -1)),
 
 def fourier(z):
     """z (B, D), its sines and cosines at 1/2, 1 and 2 periods a unit: (B, 7 D). Hues vary fast."""
@@ -412,10 +413,9 @@ def kl_terms(cfg, q, p):
     """The terms of KL, a dict, from what encoder and prior return; see losses."""
     q, p = ([share * h + (1 - share) * h.detach() for h in side]       # scales gradients alone
             for side, share in ((q, 2 - 2 * cfg.kl_balance), (p, 2 * cfg.kl_balance)))
-    if cfg.latent == "gaussian":
-        kl, (mu_q, _), (mu_p, logvar_p) = kl_loss, q, p
-    else:
-        kl, (mu_q, _), (mu_p, logvar_p) = kl_categorical, moments(*q), moments(*p)
+    kl, moments_of = (kl_loss, lambda *h: h) if cfg.latent == "gaussian" else (
+        kl_categorical, moments)
+    (mu_q, _), (mu_p, logvar_p) = moments_of(*q), moments_of(*p)
     return {"kl": kl(*q, *p), "kl_reverse": kl(*p, *q),
             "kl_mean": kl_loss(mu_q, logvar_p, mu_p, logvar_p)}
 

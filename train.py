@@ -3,8 +3,8 @@
 
     python train.py                                # the recipe: all six factors of 3D Shapes
     python train.py --paper --out runs/paper       # the paper's method at the same size
+    python train.py --search bayes --steps 800     # lambda_KL, lambda_rec and u, by short runs
 """
-
 import argparse
 import atexit
 import json
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import evaluate
 from idiff import (Config, IDiff, load_checkpoint, load_data, losses, read_checkpoint,
                    save_checkpoint, save_grid, seeded_noise)
 
@@ -35,6 +37,8 @@ PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_mean=0.0
              condition="z", weight="eps", batch_size=32, rec_images=0, lr=2e-4, schedule="constant")
 IVAE = ("latent_dim latent categories prior u u_scale width patch image_size image_channels "
         "n_factors").split()
+SPACE = {"kl": (1e-5, 0.1), "rec": (0.01, 5.0), "u": ["var", "mean+var"]}    # the paper's Table 1
+GRID = {"kl": [1e-5, 1e-4, 1e-3, 1e-2, 0.1], "rec": [0.01, 0.1, 1.0, 5.0]}
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*item)) for item in (     # torchrun sets these
     ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -42,41 +46,41 @@ def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, usage="python train.py [options]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=110))
-    run = parser.add_argument_group("the run")
-    run.add_argument("--data",
-                     help="shapes3d, dsprites, or a path to .h5 or .npz (default: shapes3d)")
-    run.add_argument("--size", choices=SIZES, help="widths, batch and length "
-                     "(default: full where CUDA is present, else small)")
-    run.add_argument("--paper", action="store_true", help="the paper's method, at the same size")
-    run.add_argument("--device", help="cpu, cuda or mps (default: cuda where present)")
-    run.add_argument("--out", help="folder of the run (default: a new one, runs/MODEL-sSEED)")
-    run.add_argument("--resume", metavar="CKPT", help="go on with the run of this checkpoint")
-    run.add_argument("--freeze-ivae", metavar="CKPT", help="train a U-Net on its frozen iVAE")
-    run.add_argument("--save-every", type=int, default=500, metavar="STEPS",
-                     help="steps between writes of ckpt.pt (default: 500)")
-    run.add_argument("--log-every", type=int, default=20, metavar="STEPS",
-                     help="steps between lines of log.jsonl (default: 20)")
-    config = parser.add_argument_group("what changes the numbers; defaults are the recipe's")
+    add = parser.add_argument_group("the run").add_argument
+    add("--data", help="shapes3d (default), dsprites, or a .h5 or .npz file")
+    add("--size", choices=SIZES, help="widths, batch, length (default: full on CUDA, else small)")
+    add("--paper", action="store_true", help="the paper's method, at the same size")
+    add("--device", help="cpu, cuda or mps (default: cuda where present)")
+    add("--out", help="folder of the run (default: a new one, runs/MODEL-sSEED; runs/search)")
+    add("--resume", metavar="CKPT", help="go on with the run of this checkpoint")
+    add("--freeze-ivae", metavar="CKPT", help="train a U-Net on its frozen iVAE")
+    add("--save-every", type=int, default=500, metavar="N", help="steps between writes of ckpt.pt")
+    add("--log-every", type=int, default=20, metavar="N", help="steps between lines of log.jsonl")
+    add = parser.add_argument_group("a search; the same command joins or resumes it").add_argument
+    add("--search", choices=("grid", "bayes"), help="over what of kl, rec and u no flag gives")
+    add("--over", nargs="+", action="append", default=[], metavar="NAME VALUE",
+        help="a flag and its values to search too, as in --over prior known full")
+    add("--trials", type=int, help="how many this process runs (default: 30; grid: every cell)")
+    add("--objective", choices=("mig", "elbo"), default="mig", help="elbo needs no labels (mig)")
+    add("--storage", metavar="URL", help="a database in place of the file study.log in --out")
+    add = parser.add_argument_group("what changes the numbers; defaults: the recipe").add_argument
     for f in fields(Config):
         if f.metadata["help"]:
-            config.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
-                                default=argparse.SUPPRESS, choices=f.metadata["choices"],
-                                help=f"{f.metadata['help']} (default: {f.default})")
+            add("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
+                choices=f.metadata["choices"], help=f"{f.metadata['help']} (default: {f.default})")
     parser.error = (lambda message: sys.exit(0)) if RANK else parser.error   # rank 0 tells
     return parser
 
 # ---- what to train, and where ----
-
 def pick_device(name):
     """The torch.device of --device; ValueError in one line if it is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device).item()
+        return torch.zeros(1, device=device).cpu() + 1 and device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}. "
                          "Try --device cpu.") from None
-    return device
 
 def make_config(args, data, ivae):
     """Config of the flags: size gives way to --paper, both to flags; all must fit a frozen ivae."""
@@ -88,10 +92,8 @@ def make_config(args, data, ivae):
         raise ValueError(f"images must be square, got {height} x {width}. Crop or resize them.")
     cfg = Config(**values | {"image_size": height, "image_channels": channels,
                              "n_factors": sum(size > 1 for size in data.factor_sizes)})
-    wrong = [f"{k} {v}, not {getattr(cfg, k)}" for k, v in fixed.items() if getattr(cfg, k) != v]
-    wrong += ["an iVAE, not a VAE"] * bool(ivae and ivae.cfg.model == "vae")
-    if wrong:
-        raise ValueError(f"--freeze-ivae {args.freeze_ivae} needs {'; '.join(wrong)}.")
+    if wrong := [f"{k} {v}" for k, v in fixed.items() if getattr(cfg, k) != v]:
+        raise ValueError(f"--freeze-ivae {args.freeze_ivae} needs {', '.join(wrong)}.")
     steps = cfg.steps or max(1, round(cfg.epochs * EPOCH / cfg.batch_size))
     return replace(cfg, steps=steps, epochs=steps * cfg.batch_size / EPOCH,
                    ddpm_images=min(cfg.ddpm_images or cfg.batch_size, cfg.batch_size))
@@ -99,18 +101,17 @@ def make_config(args, data, ivae):
 def make_folder(args, cfg):
     """The run's folder, made; an explicit --out must not hold a run already."""
     out, n = args.out or f"runs/{cfg.model}-s{cfg.seed}", 1
-    while os.path.exists(os.path.join(out, "log.jsonl")):
-        if args.out:
-            raise ValueError(f"'{out}' already holds a run. Pass another --out, delete it, or go "
-                             f"on with it: --resume {out}/ckpt.pt")
-        n += 1
-        out = f"runs/{cfg.model}-s{cfg.seed}-{n}"
+    while (taken := os.path.exists(os.path.join(out, "log.jsonl"))) and not args.out:
+        n, out = n + 1, f"runs/{cfg.model}-s{cfg.seed}-{n + 1}"
+    if taken:
+        raise ValueError(f"'{out}' already holds a run. Pass another --out, delete it, or go "
+                         f"on with it: --resume {out}/ckpt.pt")
     os.makedirs(out, exist_ok=True)                # by all ranks, before any can write the log
     return out
 
 def build(cfg, device, ivae=None):
-    """Model, its averaged copy, optimiser and the data's random generator, all seeded. All but the
-    U-Net are those of the model ivae, for good: without a gradient they never change."""
+    """Model, its averaged copy and optimiser, seeded. All but the U-Net are those of the model
+    ivae, for good: without a gradient they never change."""
     torch.manual_seed(cfg.seed)
     model = IDiff(cfg).to(device, memory_format=torch.channels_last)
     for name in ("encoder", "prior", "decoder") if ivae else ():
@@ -122,31 +123,31 @@ def build(cfg, device, ivae=None):
         torch._dynamo.config.suppress_errors = True               # no compiler: uncompiled
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.0, fused=True)
     model.cfg = replace(cfg, rec_images=cfg.rec_images // WORLD)  # what this rank's losses sees
-    return model, ema, optimizer, torch.Generator(device).manual_seed(cfg.seed + 1)
+    return model, ema, optimizer
 
 # ---- one step ----
-
 def kl_weight(cfg, step):
     """lambda_KL at a step: geometrically from max(kl_start, kl) to kl over 60 % of the steps."""
-    if cfg.kl_start <= cfg.kl or cfg.kl == 0:
-        return cfg.kl
-    return cfg.kl * (cfg.kl_start / cfg.kl) ** max(0.0, 1 - step / (0.6 * cfg.steps))
+    rise = max(cfg.kl_start, cfg.kl) / cfg.kl if cfg.kl else 1
+    return cfg.kl * rise ** max(0.0, 1 - step / (0.6 * cfg.steps))
 
 def learning_rate(cfg, step):
     """Linear warm-up over 100 steps, then constant, or half a cosine down to 0."""
     decay = 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps) if cfg.schedule == "cosine" else 1.0
     return cfg.lr * decay * min(1.0, (step + 1) / 100)
 
-def draw_batch(cfg, data, generator):
-    """x, u, t, eps of one step; t is stratified over (0, 1] (Kingma et al. 2021). Ranks draw the
-    same and keep each WORLD-th row, so their mean is one process's but for z's noise, their own."""
+def draw_batch(cfg, data, step):
+    """x, u, t, eps of one step; t is stratified over (0, 1] (Kingma et al. 2021). What is drawn
+    depends on seed and step alone, so a run resumes as it was. Ranks draw the same and keep each
+    WORLD-th row: their mean is one process's but for z's noise, which each draws itself."""
+    generator = torch.Generator(data.device).manual_seed(hash((cfg.seed, step)))
+    torch.manual_seed(hash((cfg.seed, step, RANK)))               # for z's noise
     rows, u = data.draw(cfg.batch_size, generator, cfg.u, cfg.u_scale)
-    x = data.images(rows).contiguous(memory_format=torch.channels_last)   # (B, C, H, W)
-    b, device = cfg.ddpm_images, x.device
-    offset = torch.rand(b, generator=generator, device=device)
-    t = ((torch.arange(b, device=device) + offset) / b).clamp(min=1e-5)   # (b,)
+    x, b, device = data.images(rows), cfg.ddpm_images, data.device        # (B, C, H, W)
+    t = torch.arange(b, device=device) + torch.rand(b, generator=generator, device=device)
     eps = torch.empty_like(x[:b]).normal_(generator=generator)            # (b, C, H, W)
-    return [whole[RANK::WORLD] for whole in (x, u, t, eps)]
+    x, eps = (h.contiguous(memory_format=torch.channels_last) for h in (x, eps))
+    return [whole[RANK::WORLD] for whole in (x, u, (t / b).clamp(min=1e-5), eps)]
 
 def average(tensors):
     """The tensors, each made its mean over the ranks in place, by one all_reduce."""
@@ -162,8 +163,6 @@ def train_step(cfg, model, ema, optimizer, batch, step):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
     model.temperature = 0.3 ** (step / cfg.steps)         # from 1 down to 0.3, for --latent gumbel
-    if WORLD > 1:
-        torch.manual_seed(hash((cfg.seed, step, RANK)))           # z's noise, apart on each rank
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
         terms = losses(model, *batch)
     kl = terms["kl"] + cfg.kl_reverse * terms["kl_reverse"]
@@ -180,37 +179,24 @@ def train_step(cfg, model, ema, optimizer, batch, step):
     return {**terms, "gradient norm": norm}
 
 # ---- the run ----
-
-def state_of(ema, optimizer, generator, step):
-    """What a resumed run needs beside the weights."""
-    random = {"torch": torch.get_rng_state(), "data": generator.get_state()}
-    if generator.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(generator.device)
-    return {"optimizer": optimizer.state_dict(), "n_averaged": ema.n_averaged, "step": step,
-            "random": random, "config": asdict(ema.module.cfg)}       # model.cfg is one rank's
-
-def restore(content, model, ema, optimizer, generator):
+def restore(content, model, ema, optimizer):
     """Put a checkpoint's content back; returns the step to go on from."""
     model.load_state_dict(content["model"])
     ema.module.load_state_dict(content["ema"])
     ema.n_averaged.copy_(content["n_averaged"])
     optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["random"]["torch"].cpu())
-    generator.set_state(content["random"]["data"].cpu())
-    if "cuda" in content["random"]:
-        torch.cuda.set_rng_state(content["random"]["cuda"].cpu(), generator.device)
     return content["step"]
 
 def train(cfg, data, out, args, parts, first_step):
     """Train from first_step to cfg.steps, logging and saving into the folder out."""
-    model, ema, optimizer, generator = parts
+    model, ema, optimizer = parts
     path, started, stop = os.path.join(out, "ckpt.pt"), time.time(), []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))    # Ctrl-C ends after a whole step
     bar = tqdm(total=cfg.steps * cfg.batch_size, initial=first_step * cfg.batch_size,
                unit=" images", unit_scale=True, disable=RANK > 0)
     with bar, open(os.path.join(out, "log.jsonl") if RANK == 0 else os.devnull, "a", 1) as log:
         for step in range(first_step, cfg.steps):
-            numbers = train_step(cfg, model, ema, optimizer, draw_batch(cfg, data, generator), step)
+            numbers = train_step(cfg, model, ema, optimizer, draw_batch(cfg, data, step), step)
             bar.update(cfg.batch_size)
             done = step + 1
             stopping, = average([torch.tensor(float(len(stop)))])  # all ranks at the same step
@@ -224,7 +210,8 @@ def train(cfg, data, out, args, parts, first_step):
                 log.write(json.dumps({**record, "kl weight": kl_weight(cfg, step),
                                       "seconds": round(time.time() - started, 2)}) + "\n")
             if saving and RANK == 0:
-                save_checkpoint(path, model, ema.module, **state_of(*parts[1:], done))
+                save_checkpoint(path, model, ema.module, config=asdict(cfg), step=done,
+                                n_averaged=ema.n_averaged, optimizer=optimizer.state_dict())
             if stopping:
                 sys.exit(0 if RANK else f"saved. Go on with: python train.py --resume {path}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -235,37 +222,24 @@ def validate(cfg, model, data, n=4096, size=256):
     -(values / 2) log(2 pi e MSE) - KL: a Gaussian decoder whose variance is the best one, the mean
     squared error itself, so that no lambda enters."""
     generator, sums = torch.Generator(data.device).manual_seed(1_000_003), {"rec": 0.0, "kl": 0.0}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for _ in range(n // size):
-            rows, u = data.draw(size, generator, cfg.u, cfg.u_scale)
-            x = data.images(rows)
-            terms = losses(model, x, u, t=x[:0, 0, 0, 0], eps=x[:0])
-            sums = {k: sums[k] + float(terms[k]) * size / n for k in sums}
+    torch.manual_seed(0)
+    for _ in range(n // size):
+        rows, u = data.draw(size, generator, cfg.u, cfg.u_scale)
+        x = data.images(rows)
+        terms = losses(model, x, u, t=x[:0, 0, 0, 0], eps=x[:0])
+        sums = {k: sums[k] + float(terms[k]) * size / n for k in sums}
     nats = -math.prod(data.image_shape) / 2 * math.log(2 * math.pi * math.e * sums["rec"])
     return {"elbo": nats - sums["kl"], **sums}
 
-def describe(cfg, args, data, device, model, seconds):
-    """The first line: what runs, on what, and what it will cost."""
-    counts = {name: sum(p.numel() for p in part.parameters()) / 1e6
-              for name, part in model.named_children()}
-    method = (("paper" if args.paper else "recipe") + f", {WORLD} ranks" * (WORLD > 1)
-              + f", frozen iVAE of {args.freeze_ivae}" * bool(args.freeze_ivae))
+def describe(cfg, data, device, model):
+    """The first line: what runs, on what, and how much of it."""
+    method = (model.info["method"] + f", {WORLD} ranks" * (WORLD > 1)
+              + f", frozen iVAE of {model.info['frozen']}" * bool(model.info["frozen"]))
     where = (torch.cuda.get_device_name(device) if device.type == "cuda"
              else f"{device.type} ({torch.get_num_threads()} threads)")
-    return (f"{where}, size {args.size}, method {method}: {cfg.model} with {cfg.prior} prior, "
-            f"u {cfg.u}; {data.name}; {sum(counts.values()):.2f} M parameters "
-            f"({', '.join(f'{k} {v:.2f}' for k, v in counts.items())}); {cfg.steps} steps of "
-            f"{cfg.batch_size} images, some {max(1, round(seconds / 60))} min")
-
-def step_seconds(cfg, data, device, ivae):
-    """Seconds of one training step, the median of five after one unmeasured, on a throwaway."""
-    (model, ema, optimizer, generator), times = build(cfg, device, ivae), []
-    for i in range(6):
-        start = time.perf_counter()
-        float(train_step(cfg, model, ema, optimizer, draw_batch(cfg, data, generator), i)["rec"])
-        times.append(time.perf_counter() - start)                 # float waited for the device
-    return sorted(times[1:])[2]
+    return (f"{where}, size {model.info['size']}, method {method}: {cfg.model} with {cfg.prior} "
+            f"prior, u {cfg.u}; {data.name}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
+            f" M parameters; {cfg.steps} steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs")
 
 def provenance(args, data):
     """What a checkpoint says of its origin."""
@@ -276,27 +250,20 @@ def provenance(args, data):
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                          "numpy": np.__version__}}
 
-def draw_curves(out):
-    """losses.png from log.jsonl: each term against the step."""
-    from matplotlib.figure import Figure
-    with open(os.path.join(out, "log.jsonl")) as log:
-        records = [r for r in map(json.loads, log) if "rec" in r and "step" in r]
-    if not records:
-        return                                                    # a finished run without its log
-    names = [k for k in ("ddpm", "rec", "kl") if k in records[0]]
-    titles = {"ddpm": "denoising loss", "rec": "reconstruction loss", "kl": "KL, nats per image"}
-    figure = Figure((3.6 * len(names), 2.8), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        axis.plot([r["step"] for r in records], [r[name] for r in records], lw=0.8)
-        axis.set(title=titles[name], xlabel="step", yscale="log")
-        axis.grid(alpha=0.3)
-    figure.savefig(os.path.join(out, "losses.png"), dpi=150)
-
 @torch.no_grad()
-def draw_samples(out, model, data, n=10):
-    """samples.png: images, the decoder's reconstructions, diffusion samples given the same z."""
-    generator = torch.Generator(data.device).manual_seed(0)
-    x = data.images(torch.randint(len(data), (n,), generator=generator, device=data.device))
+def draw(out, model, data, n=10):
+    """losses.png: each term by step. samples.png: images, redrawn by decoder and diffusion."""
+    from matplotlib.figure import Figure
+    records = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
+    records = [r for r in records if "rec" in r]
+    figure = Figure((11, 2.8), layout="constrained")
+    titles = {"rec": "reconstruction loss", "kl": "KL, nats per image", "ddpm": "denoising loss"}
+    for axis, (name, title) in zip(figure.subplots(1, 3), titles.items()):
+        shown = [r for r in records if name in r]
+        axis.plot([r["step"] for r in shown], [r[name] for r in shown], lw=0.8)
+        axis.set(title=title, xlabel="step", yscale="log")
+    figure.savefig(os.path.join(out, "losses.png"), dpi=150)
+    x = data.images(torch.arange(n, device=data.device) * 7919 * 31 % len(data))    # a mixture
     z = model.encode(x)[0]
     rows = {"image": x, "decoder": model.decode(z)}
     if model.unet is not None:
@@ -312,32 +279,26 @@ def finish(cfg, data, out, ema):
         log.write(json.dumps({"validation": result}) + "\n")
     print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
           f"KL {result['kl']:.1f} nats), averaged weights, 4,096 modulated draws")
-    draw_curves(out)
-    draw_samples(out, model, data)
+    draw(out, model, data)
     print(f"Next:\n  python evaluate.py {out}/ckpt.pt\n  python interpolate.py {out}/ckpt.pt")
+    return result["elbo"]
 
 def resume(args, device):
     """The content of --resume's checkpoint; sets the arguments that the run was started with."""
-    content = read_checkpoint(args.resume, device)
+    info = (content := read_checkpoint(args.resume, device))["info"]
     if any(hasattr(args, f.name) for f in fields(Config)) or any(
             (args.out, args.paper, args.size, args.freeze_ivae)):
         raise ValueError("--resume goes on with the run as it was: leave out --out, --size, "
                          "--paper and every flag that changes the numbers.")
-    if "optimizer" not in content or "data_arg" not in content["info"]:
+    if "optimizer" not in content or "data_arg" not in info:
         raise ValueError(f"'{args.resume}' holds a model but no training state to resume.")
-    if content["random"]["data"].shape != torch.Generator(device).get_state().shape:
-        raise ValueError(f"'{args.resume}' was trained on another kind of device than "
-                         f"{device.type}. Pass that one as --device.")
-    args.data, args.size = args.data or content["info"]["data_arg"], content["info"]["size"]
-    args.paper = content["info"]["method"] == "paper"
-    args.freeze_ivae = content["info"].get("frozen")
+    args.data, args.freeze_ivae = args.data or info["data_arg"], info["frozen"]
     return content
 
 def prepare(args):
     """Everything that reads the user's input: config, data, folder, model, first step."""
     if min(args.save_every, args.log_every) < 1:
-        raise ValueError("--save-every and --log-every must be at least 1, got "
-                         f"{args.save_every} and {args.log_every}.")
+        raise ValueError("--save-every and --log-every must be at least 1.")
     device = pick_device(args.device)
     content = resume(args, device) if args.resume else None
     args.data = args.data or "shapes3d"
@@ -349,13 +310,12 @@ def prepare(args):
         raise ValueError(f"--batch-size, --rec-images and --ddpm-images: {WORLD} ranks share each "
                          f"evenly, got {cfg.batch_size}, {cfg.rec_images} and {cfg.ddpm_images}.")
     out = (os.path.dirname(args.resume) or ".") if content else make_folder(args, cfg)
-    left = step_seconds(cfg, data, device, ivae) * (cfg.steps - (content["step"] if content else 0))
     parts = build(cfg, device, ivae)
     parts[0].info = content["info"] if content else provenance(args, data)
     first_step = restore(content, *parts) if content else 0
     if RANK == 0:
         trim_log(out, first_step, cfg)
-        print(describe(cfg, args, data, device, parts[0], left), flush=True)
+        print(describe(cfg, data, device, parts[0]), flush=True)
     return cfg, data, out, parts, first_step
 
 def trim_log(out, first_step, cfg):
@@ -367,22 +327,95 @@ def trim_log(out, first_step, cfg):
         log.truncate(0)
         log.write(json.dumps({"config": asdict(cfg)}) + "\n" + "".join(kept))
 
+def run(args):
+    """One run, from its first line to its last; its ELBO, on rank 0."""
+    cfg, data, out, parts, first_step = prepare(args)
+    train(cfg, data, out, args, parts, first_step)
+    elbo = finish(cfg, data, out, parts[1]) if RANK == 0 else None
+    average([torch.zeros(1)])                                     # the others wait for rank 0
+    return elbo
+
+# ---- the search ----
+def search(args):
+    """Trials until none is left; workers started alike, at once or later, share the study."""
+    import optuna
+    args.out, grid = args.out or "runs/search", args.search == "grid"
+    if args.resume or WORLD > 1:
+        raise ValueError("--search goes without --resume and torchrun; its own command resumes it.")
+    types = {f.name: f.type for f in fields(Config)}
+    if wrong := [name for name, *values in args.over if name not in types or not values]:
+        raise ValueError(f"--over takes a flag without its dashes, and values, got {wrong}.")
+    over = {name: [types[name](value) for value in values] for name, *values in args.over}
+    space = SPACE | (GRID if grid else {}) | over
+    space = {k: v for k, v in space.items() if not hasattr(args, k)}
+    os.makedirs(args.out, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    file = optuna.storages.journal.JournalFileBackend(f"{args.out}/study.log")
+    study = optuna.create_study(
+        storage=args.storage or optuna.storages.JournalStorage(file),
+        sampler=optuna.samplers.GridSampler(space, seed=0) if grid else
+        optuna.samplers.TPESampler(constant_liar=True),
+        study_name="search", direction="maximize", load_if_exists=True)
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+        log = f"{args.out}/trial-{trial.number:03d}/log.jsonl"
+        seen = os.path.getmtime(log) if os.path.exists(log) else trial.datetime_start.timestamp()
+        if time.time() - seen > 900:                              # silent: its worker was killed
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            study.enqueue_trial(trial.params)
+    if not (grid and study.sampler.is_exhausted(study)):
+        study.optimize(lambda trial: run_trial(trial, args, space), catch=Exception,
+                       n_trials=args.trials or (None if grid else 30),
+                       callbacks=[lambda study, _: write_trials(study, args, space)])
+    print(write_trials(study, args, space))
+
+def run_trial(trial, args, space):
+    """The objective: a run of its own in its own folder, and what evaluate.py says of it."""
+    out = f"{args.out}/trial-{trial.number:03d}"
+    chosen = {k: trial.suggest_categorical(k, v) if type(v) is list else
+              trial.suggest_float(k, *v, log=k == "kl") for k, v in space.items()}
+    try:
+        elbo = run(argparse.Namespace(**vars(args) | chosen | {"out": out}))
+    except SystemExit:                                            # Ctrl-C
+        trial.study.enqueue_trial(trial.params)
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        trial.set_user_attr("failed", str(error).splitlines()[0])
+        raise
+    if args.objective == "elbo":
+        return elbo
+    flags = evaluate.build_parser().parse_args([f"{out}/ckpt.pt", "--no-dci", "--n", "10000"])
+    return evaluate.report(flags.paths[0], flags)["metrics"]["mig"]
+
+def write_trials(study, args, space):
+    """Write trials.md and search.png; returns the text: every trial, and the paper's Table 1."""
+    import optuna
+    rows = [["trial", *space, args.objective]] + [
+        [str(t.number), *(f"{t.params.get(k)!s:.9}" for k in space),
+         t.user_attrs.get("failed", t.state.name.lower()) if t.value is None else t.value]
+        for t in study.trials]
+    text = evaluate.table(zip(*rows))
+    if any(t.value is not None for t in study.trials):
+        best = study.best_trial
+        text += f"\nBest: {args.out}/trial-{best.number:03d}/ckpt.pt\n\n" + evaluate.table(zip(
+            ["hyperparameter", "search space", "best value", "the paper's best"],
+            *([k, str(v), f"{best.params[k]!s:.9}", str(PAPER.get(k))] for k, v in space.items())))
+        axes = optuna.visualization.matplotlib.plot_slice(study, target_name=args.objective)
+        np.ravel(axes)[0].figure.savefig(f"{args.out}/search.png", dpi=150, bbox_inches="tight")
+    Path(args.out, "trials.md").write_text(text)
+    return text
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         if WORLD > 1:
             dist.init_process_group()                             # gloo on CPUs, nccl on GPUs
             atexit.register(dist.destroy_process_group)
-        cfg, data, out, parts, first_step = prepare(args)
-        train(cfg, data, out, args, parts, first_step)
-        if RANK == 0:
-            finish(cfg, data, out, parts[1])
-        average([torch.zeros(1)])                                 # the others wait for rank 0
-    except torch.OutOfMemoryError:
-        sys.exit("train.py: out of GPU memory. Try a smaller --batch-size or --ddpm-images.")
-    except (ValueError, OSError, MemoryError) as error:
+        search(args) if args.search else run(args)
+    except KeyboardInterrupt:
+        sys.exit("stopped. A search goes on by the same command.")
+    except (ImportError, ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         time.sleep(10 if RANK else 0)       # torchrun ends us before if rank 0 met it too
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {' '.join(str(error).split())[:400]}")
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""train.py --search: the grid, Optuna's sampler, a shared study, trials that fail or are killed.
+
+    python -m pytest tests/test_search.py
+"""
+import json
+import os
+import subprocess
+import sys
+
+import optuna
+import pytest
+
+import train
+from conftest import ROOT
+
+TINY = ["--model", "ivae", "--steps", "1", "--batch-size", "8", "--width", "8", "--device", "cpu"]
+
+
+@pytest.fixture
+def argv(tiny_npz, tmp_path):
+    """The flags of a search over two values of lambda_KL and two of lambda_rec, u fixed."""
+    return [*TINY, "--data", tiny_npz, "--out", str(tmp_path / "a study"), "--u", "mean+var",
+            "--over", "kl", "1e-4", "1e-2", "--over", "rec", "0.1", "1"]
+
+
+def study_of(argv):
+    path = os.path.join(argv[argv.index("--out") + 1], "study.log")
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
+    return optuna.load_study(study_name="search", storage=storage)
+
+
+def cells(study, *states):
+    return sorted((t.params["kl"], t.params["rec"]) for t in study.trials
+                  if t.state.name in (states or ("COMPLETE",)))
+
+
+ALL = [(1e-4, 0.1), (1e-4, 1.0), (1e-2, 0.1), (1e-2, 1.0)]
+
+
+def test_grid_runs_each_cell_once_reports_it_and_is_then_done(argv, tmp_path, capsys):
+    train.main([*argv, "--search", "grid"])
+    study, folder = study_of(argv), tmp_path / "a study"
+    assert cells(study) == ALL
+    text = (folder / "trials.md").read_text()
+    assert f"trial-{study.best_trial.number:03d}/ckpt.pt" in text and "0.0005" in text  # Table 1
+    assert (folder / "search.png").is_file()
+    for trial in study.trials:
+        run = folder / f"trial-{trial.number:03d}"
+        config = json.loads((run / "log.jsonl").read_text().splitlines()[0])["config"]
+        assert (config["kl"], config["rec"], config["u"]) == (*trial.params.values(), "mean+var")
+        assert trial.value == json.loads((run / "metrics.json").read_text())["metrics"]["mig"]
+    train.main([*argv, "--search", "grid"])
+    assert len(study_of(argv).trials) == 4 and text in capsys.readouterr().out
+
+
+def test_bayes_stays_in_the_papers_ranges_and_elbo_is_the_runs_own(tiny_npz, tmp_path):
+    train.main([*TINY, "--data", tiny_npz, "--out", str(tmp_path), "--search", "bayes", "--trials",
+                "3", "--objective", "elbo"])
+    trials = study_of(["--out", str(tmp_path)]).trials
+    assert len(trials) == 3
+    for trial in trials:
+        assert 1e-5 <= trial.params["kl"] <= 0.1 and 0.01 <= trial.params["rec"] <= 5
+        log = (tmp_path / f"trial-{trial.number:03d}" / "log.jsonl").read_text().splitlines()
+        assert trial.value == json.loads(log[-1])["validation"]["elbo"]
+
+
+def test_a_killed_trial_is_marked_failed_and_its_cell_runs_again(argv, monkeypatch):
+    def killed(*args):
+        raise SystemError                                              # past every handler, as -9
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.study.Study, "tell", killed)
+        patch.setattr(optuna.storages.JournalStorage, "set_trial_state_values", killed)
+        with pytest.raises(SystemError):
+            train.main([*argv, "--search", "grid", "--trials", "1"])
+    (dead,) = study_of(argv).trials
+    assert dead.state.name == "RUNNING"
+    log = os.path.join(argv[argv.index("--out") + 1], "trial-000", "log.jsonl")
+    os.utime(log, (0, 0))                                              # silent since long ago
+    train.main([*argv, "--search", "grid"])
+    assert cells(study_of(argv)) == ALL
+    assert study_of(argv).trials[0].state.name == "FAIL"
+
+
+def test_two_workers_share_a_study(argv):
+    command = [sys.executable, str(ROOT / "train.py"), *argv, "--search", "grid"]
+    workers = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert set(cells(study_of(argv))) == set(ALL)
+
+
+def test_a_failed_trial_says_why_and_the_search_goes_on(argv, monkeypatch):
+    run, calls = train.run, []
+
+    def fails_once(args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise ValueError("rec is nan")
+        return run(args)
+    monkeypatch.setattr(train, "run", fails_once)
+    train.main([*argv, "--search", "grid"])
+    assert len(cells(study_of(argv))) == 3
+    path = os.path.join(argv[argv.index("--out") + 1], "trials.md")
+    assert "rec is nan" in open(path).read()
+
+
+def test_a_database_holds_the_study(argv, tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    train.main([*argv, "--search", "grid", "--storage", url])
+    assert cells(optuna.load_study(study_name="search", storage=url)) == ALL
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--over no_such 1 2", "no_such"), ("--over kl", "kl"), ("--over kl many", "many"),
+    ("--resume ckpt.pt", "--resume")])
+def test_bad_searches_are_refused_in_one_line(argv, flags, named):
+    with pytest.raises(SystemExit) as refused:
+        train.main([*argv, "--search", "grid", *flags.split()])
+    assert named in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_without_optuna_only_the_search_is_lost(argv, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)                   # importing it now fails
+    with pytest.raises(SystemExit, match="requirements.txt"):
+        train.main([*argv, "--search", "grid"])
