@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import warnings
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from idiff import load_checkpoint, load_data
+from idiff import check_memory, load_checkpoint, load_data
 
 load_data = lru_cache(load_data)      # one load for many checkpoints
 N_SCORES, N_DCI = 10_000, 15_000      # rows of the standard; two thirds of DCI's train
@@ -218,14 +218,12 @@ def encode(model, data, rows, args):
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         parts.append(torch.stack([mean, mean + (0.5 * logvar).exp() * noise]).double().cpu())
     mean, sample = torch.cat(parts, dim=1).numpy()
-    if not np.isfinite(sample).all():
-        raise ValueError("the encoder's output holds NaN or inf: its training diverged.")
     return sample if args.sampled else mean, sample
 
 def of_checkpoint(path, args):
     """Codes, samples and factors of random images; those of modulated draws and u's own code."""
     model = load_checkpoint(path, args.device)
-    data = load_data(args.data or model.info["data_arg"], args.device)
+    data = load_data(args.data or str(model.info.get("data_arg", f"that of {path}")), args.device)
     n, cfg = min(args.n, len(data)), model.cfg
     rows = torch.from_numpy(np.random.default_rng(args.seed).choice(len(data), n, replace=False))
     drawn, u = data.draw(min(n, N_SCORES), torch.Generator(data.device).manual_seed(args.seed),
@@ -237,12 +235,14 @@ def of_checkpoint(path, args):
     return {"codes": codes[:n], "samples": samples[:n], "factors": factors[:n],
             "names": data.factor_names, "draws": {"encoder_on_draws": (codes[n:], factors[n:]),
                                                   "u_on_draws": (u, factors[n:])},
-            "info": {"data": data.name, "model": cfg.model, "config": vars(cfg), "weights": "EMA"}}
+            "info": {"data": data.name, "model": cfg.model, "config": vars(cfg), "weights": "EMA",
+                     "training": model.info}}
 
 def of_npz(path, args):
     """The arrays codes and factors of an .npz, in seeded order; ValueError in one line if none."""
     try:
         with np.load(path, allow_pickle=False) as file:
+            check_memory(sum(entry.file_size for entry in file.zip.infolist()))
             codes, factors = as_arrays(file["codes"], file["factors"])
     except Exception as error:                   # of zip, pickle, key, shape: many kinds
         raise ValueError(f"'{path}' must hold arrays codes and factors: {error}") from None
@@ -287,7 +287,7 @@ def measure(s, args):
 
 def write_json(path, content):
     """Write content and return it as it will be read: arrays as lists, NaN as None."""
-    content = json.loads(json.dumps(content, default=lambda array: array.tolist()),
+    content = json.loads(json.dumps(content, default=lambda a: getattr(a, "tolist", a.__str__)()),
                          parse_constant=lambda nan: None)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return content
@@ -300,11 +300,11 @@ def report(path, args):
     target = Path(f"{prefix}metrics.json")
     key = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "n": args.n, "seed": args.seed,
            "dci": not args.no_dci, "data": args.data, "sampled": args.sampled}
-    stored = {}
-    with suppress(OSError, ValueError):          # none yet, or damaged
-        stored = {} if args.fresh else json.loads(target.read_text())
-    if stored.get("key") in (key, key | {"dci": True}):
-        return stored | {"file": str(path)}
+    with suppress(Exception), redirect_stdout(None):     # none yet, or too damaged to be shown
+        stored = json.loads(target.read_text()) | {"file": str(path)}
+        if not args.fresh and stored["key"] in (key, key | {"dci": True}):
+            print_report(stored), spread([stored]), dict(stored["config"] or {})
+            return stored
     s = (of_npz if path.suffix == ".npz" else of_checkpoint)(path, args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

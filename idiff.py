@@ -22,8 +22,8 @@ entries of u, E embedding, K factors, N images, S sampler steps. Images lie in [
 import math
 import os
 import zipfile
-import zlib
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -278,6 +278,8 @@ class VPSDE:
 
 def time_grid(steps, sde, kind="logsnr"):
     """(steps + 1,) times from 1 down to 1e-3: "uniform" in t, or "logsnr", uniform in sde.lam."""
+    if kind not in ("uniform", "logsnr"):
+        raise ValueError(f"unknown time grid {kind!r}: use uniform or logsnr.")
     ts = torch.linspace(1, 1e-3, steps + 1)
     if kind == "logsnr":
         first, last = sde.lam(ts[[0, -1]])
@@ -434,6 +436,8 @@ class IDiff(nn.Module):
 
     def decode(self, z):
         """The decoder's images (B, C, H, W) of latents z (B, D)."""
+        if z.dim() != 2 or z.shape[1] != self.cfg.latent_dim:
+            raise ValueError(f"z must be (B, {self.cfg.latent_dim}), got {tuple(z.shape)}.")
         return self.decoder(z)
 
     def eps_fn(self, z):
@@ -441,7 +445,7 @@ class IDiff(nn.Module):
         if self.unet is None:
             raise ValueError(f"model {self.cfg.model!r} has no diffusion U-Net to sample from. "
                              "Use decode, or train with --model idiff.")
-        x_hat = self.decoder(z)
+        x_hat = self.decode(z)
         def eps_fn(x, t):
             alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (self.sde.alpha, self.sde.sigma))
             predicted = self.unet(x, t, z, x_hat)
@@ -464,12 +468,17 @@ def save_checkpoint(path, model, ema, **state):
     """Write config, weights, averaged weights (module ema) and state to path, or nothing."""
     content = {"format": CHECKPOINT_FORMAT, "config": asdict(model.cfg), "info": model.info,
                "model": model.state_dict(), "ema": ema.state_dict(), **state}
-    partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:                           # the latter is torch's
+        partial.unlink(missing_ok=True)
+        raise OSError(f"'{path}' cannot be written; what it held is kept. Is the disk full? "
+                      f"{error.__context__ or error}") from None
 
 def read_checkpoint(path, device="cpu"):
     """The dict that save_checkpoint wrote. FileNotFoundError or ValueError, in one line, if not."""
@@ -477,30 +486,30 @@ def read_checkpoint(path, device="cpu"):
         raise FileNotFoundError(f"checkpoint not found: '{path}'. Train one with \"python "
                                 "train.py\", or pass the path it printed at its end.")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        check_memory(sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()))
+        content = torch.load(path, map_location=device, weights_only=True)   # runs no code
+        if content["format"] != CHECKPOINT_FORMAT or not isinstance(content["info"], dict):
+            raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}")
+        with torch.device("meta"):                                     # takes no memory
+            wanted = IDiff(Config(**content["config"])).state_dict()
+        for weights in (content["model"], content["ema"]):
+            for name, p in (wanted | weights).items():
+                if (p.shape, p.dtype) != (wanted[name].shape, torch.float32) or (
+                        p.nbytes > p.untyped_storage().nbytes() or not p.isfinite().all()):
+                    raise ValueError(f"{name} does not fit, or is not finite float32 numbers")
     except Exception as error:                                         # many kinds, none the user's
-        raise ValueError(f"'{path}' is not an iDiff checkpoint or is damaged "
-                         f"({type(error).__name__}). Train it again, or pass another.") from None
-    missing = {"format", "config", "info", "model", "ema"} - set(
-        content if isinstance(content, dict) else ())
-    if missing:
-        raise ValueError(f"'{path}' is not an iDiff checkpoint: it lacks {sorted(missing)}.")
-    if content["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(f"'{path}' has checkpoint format {content['format']!r}, not "
-                         f"{CHECKPOINT_FORMAT}. Train it again, or use the version that wrote it.")
+        reason = " ".join(f"{type(error).__name__}, {error}".split(". ")[0].split())[:200]
+        raise ValueError(f"'{path}' is not an iDiff checkpoint of this version, or is damaged: "
+                         f"{reason}. Train it again, or pass another.") from None
     return content
 
 def load_checkpoint(path, device="cpu"):
     """The IDiff model, with model.cfg and model.info, in eval mode with averaged (EMA) weights."""
     content = read_checkpoint(path, device)
-    try:
-        model = IDiff(Config(**content["config"]))
-        model.load_state_dict(content["ema"])
-    except (TypeError, RuntimeError, AttributeError, ValueError) as error:
-        raise ValueError(f"'{path}' does not fit this version of the program: "
-                         f"{' '.join(str(error).split())[:200]}") from None
+    model = IDiff(Config(**content["config"])).to(device)
+    model.load_state_dict(content["ema"])
     model.info = content["info"]
-    return model.to(device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 # ---- Data ----
 
@@ -613,6 +622,8 @@ class Data:
     def __init__(self, name, sizes, image_shape, images, device, factors=None):
         self.name, self.factor_names, self.factor_sizes = name, tuple(sizes), tuple(sizes.values())
         self.image_shape, self.images, self.device, self.table = image_shape, images, device, None
+        if max(self.factor_sizes) > 1000 or math.prod(self.factor_sizes) >= 2**63:
+            raise ValueError(f"1,000 values a factor, 2^63 in all at most: {self.factor_sizes}")
         self.sizes = torch.tensor(self.factor_sizes, device=device)
         self.strides = self.sizes.flip(0).cumprod(0).flip(0) // self.sizes
         self.varied = (self.sizes > 1).nonzero().flatten()             # the factors that u tells of
@@ -685,15 +696,14 @@ def load_dsprites(device):
     data.images = lambda rows: compose_dsprites(data.factors(rows))
     return data
 
-def check_memory(path, need, device):
+def check_memory(need, device=torch.device("cpu")):
     """MemoryError in one line if need bytes do not fit on the device, where the system tells."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
     if device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as file:
-            free = next(1024 * int(line.split()[1]) for line in file if "MemAvailable" in line)
+        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     if need > 0.9 * free:
-        raise MemoryError(f"'{path}' needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} "
-                          f"GiB are free on {device}. Free some, or take a smaller file.")
+        raise MemoryError(f"it needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
+                          f"free on {device}. Free some, or take a smaller file.")
 
 def read_arrays(path, device, progress):
     """images (N, H, W[, C]) uint8, factors (N, K) and the latter's name, from .h5 or .npz."""
@@ -706,8 +716,8 @@ def read_arrays(path, device, progress):
                           (("images", "imgs"), ("factors", "labels", "latents_classes")))
         if image_key is None or key is None:
             raise ValueError(f"needs the arrays images and factors, has {', '.join(arrays)}")
-        check_memory(path, arrays[image_key].size if is_h5 else
-                     arrays.zip.getinfo(image_key + ".npy").file_size, device)
+        check_memory(arrays[image_key].size + arrays[key].nbytes if is_h5 else
+                     sum(entry.file_size for entry in arrays.zip.infolist()), device)
         images, factors = arrays[image_key], np.asarray(arrays[key])
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or factors.ndim != 2:
             raise ValueError(f"images must be (N, H, W, C) uint8 and factors (N, K), got "
@@ -723,9 +733,8 @@ def load_file(path, device, progress):
     images, labels, key = read_arrays(path, device, progress)
     images = images.reshape(*images.shape[:3], -1)                     # (N, H, W, C)
     if len(images) != len(labels) or not labels.size or not np.isfinite(labels).all():
-        raise ValueError(f"needs a row of finite factors per image, got {len(images)} images and "
-                         f"factors {labels.shape}")
-    if key == "latents_classes":
+        raise ValueError(f"needs a row of finite factors per image: {images.shape}, {labels.shape}")
+    if key == "latents_classes" and images.max() == 1:
         images *= 255                                                  # dSprites stores 0 and 1
     values, index = zip(*(np.unique(column, return_inverse=True) for column in labels.T))
     sizes, factors = tuple(map(len, values)), torch.from_numpy(np.stack(index, axis=1))
@@ -748,10 +757,10 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
                                 "of an .h5 or .npz file.")
     try:
         return load_file(name, device, progress)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile,
-            zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"'{name}' cannot be used as data: {reason}") from None
+    except Exception as error:                                         # of zip, h5, pickle: many
+        kind = MemoryError if isinstance(error, MemoryError) else ValueError
+        reason = " ".join(str(error).split())[:200]
+        raise kind(f"'{name}' cannot be used as data: {reason}") from None
 
 def save_grid(file, images, rows, columns):
     """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""

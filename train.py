@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -166,12 +167,16 @@ def restore(content, model, ema, optimizer, generator):
     model.load_state_dict(content["model"])
     ema.module.load_state_dict(content["ema"])
     ema.n_averaged.copy_(content["n_averaged"])
-    optimizer.load_state_dict(content["optimizer"])
+    optimizer.load_state_dict({"state": content["optimizer"]["state"],
+                               "param_groups": optimizer.state_dict()["param_groups"]})
+    for p, state in optimizer.state.items():                    # fails if they are not like p
+        optimizer.state[p] = {k: state[k].view(p.shape if k != "step" else ())
+                              for k in ("step", "exp_avg", "exp_avg_sq")}
     torch.set_rng_state(content["random"]["torch"].cpu())
     generator.set_state(content["random"]["data"].cpu())
     if "cuda" in content["random"]:
         torch.cuda.set_rng_state(content["random"]["cuda"].cpu(), generator.device)
-    return content["step"]
+    return range(model.cfg.steps + 1).index(content["step"])
 
 def checked(record):
     """The record of numbers, or ValueError naming the first that is not finite."""
@@ -310,45 +315,51 @@ def resume(args, device):
     if any(hasattr(args, f.name) for f in fields(Config)) or args.out or args.paper or args.size:
         raise ValueError("--resume goes on with the run as it was: leave out --out, --size, "
                          "--paper and every flag that changes the numbers.")
-    if "optimizer" not in content or "data_arg" not in content["info"]:
+    if "optimizer" not in content or not {"data_arg", "size", "method"} <= set(content["info"]):
         raise ValueError(f"'{args.resume}' holds a model but no training state to resume.")
-    if content["random"]["data"].shape != torch.Generator(device).get_state().shape:
-        raise ValueError(f"'{args.resume}' was trained on another kind of device than "
-                         f"{device.type}. Pass that one as --device.")
-    args.data, args.size = args.data or content["info"]["data_arg"], content["info"]["size"]
+    args.data, args.size = args.data or str(content["info"]["data_arg"]), content["info"]["size"]
     args.paper = content["info"]["method"] == "paper"
     return content
 
 def prepare(args):
     """Everything that reads the user's input: config, data, folder, model, first step."""
-    for name in ("save_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got "
-                             f"{getattr(args, name)}.")
+    if min(args.save_every, args.log_every) < 1:
+        raise ValueError(f"--save-every and --log-every must be at least 1, got {args.save_every} "
+                         f"and {args.log_every}.")
     device = pick_device(args.device)
     content = resume(args, device) if args.resume else None
     args.data = args.data or "shapes3d"
     args.size = args.size or ("full" if device.type == "cuda" else "small")
     data = load_data(args.data, device, tqdm)
     cfg = Config(**content["config"]) if content else make_config(args, data)
-    seconds = step_seconds(cfg, data, device) * (cfg.steps - (content["step"] if content else 0))
+    if (cfg.image_size, cfg.image_channels, cfg.n_factors) != (
+            data.image_shape[1], data.image_shape[0], len(data.varied)):
+        raise ValueError(f"'{args.resume}' was trained on other data than '{args.data}'.")
+    pace = step_seconds(cfg, data, device)
     out = (os.path.dirname(args.resume) or ".") if content else make_folder(args, cfg)
     parts = build(cfg, device)
     parts[0].info = content["info"] if content else provenance(args, data)
-    first_step = restore(content, *parts) if content else 0
+    try:
+        first_step = restore(content, *parts) if content else 0
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"'{args.resume}' cannot be resumed on {device.type} ({error}). Pass the "
+                         "--device it was trained on, or train anew.") from None
     trim_log(out, first_step, cfg)
+    seconds = pace * (cfg.steps - first_step)
     print(describe(cfg, args, data, device, parts[0], seconds), flush=True)
     return cfg, data, out, parts, first_step
 
 def trim_log(out, first_step, cfg):
-    """Keep of log.jsonl the config and the lines up to first_step."""
-    path, lines = os.path.join(out, "log.jsonl"), []
+    """Keep of log.jsonl the config and the whole lines up to first_step."""
+    path, text = os.path.join(out, "log.jsonl"), ""
     if os.path.exists(path):
-        with open(path) as log:
-            lines = [line for line in log if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line).get("step", first_step + 1) <= first_step]
-    with open(path, "w") as log:
-        log.write(json.dumps({"config": asdict(cfg)}) + "\n" + "".join(kept))
+        with open(path, errors="replace") as log:
+            text = log.read()
+    lines = re.finditer(r'^\{"step": (\d{1,18})(, "[a-z _]+": [-+.\de]+)+\}\n', text, re.MULTILINE)
+    with open(f"{path}.partial", "w") as log:
+        log.writelines([json.dumps({"config": asdict(cfg)}) + "\n",
+                        *(line[0] for line in lines if int(line[1]) <= first_step)])
+    os.replace(f"{path}.partial", path)
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
@@ -356,11 +367,13 @@ def main(argv=None):
         cfg, data, out, parts, first_step = prepare(args)
         train(cfg, data, out, args, parts, first_step)
         finish(cfg, data, out, parts[1])
-    except torch.OutOfMemoryError:
-        sys.exit("train.py: out of GPU memory. Try a smaller --batch-size or --ddpm-images, or "
-                 "--precision bfloat16.")
     except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {' '.join(str(error).split())}")
+    except RuntimeError as error:                                 # CUDA's and the CPU's words
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        sys.exit("train.py: out of memory. Try a smaller --batch-size or --ddpm-images, or "
+                 "--precision bfloat16.")
 
 if __name__ == "__main__":
     main()
