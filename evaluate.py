@@ -4,11 +4,9 @@
     python evaluate.py runs/NAME/ckpt.pt                 # a report; many: the paper's tables
     python evaluate.py runs/NAME/ckpt.pt --generate 200  # and how good generated images are
 
-The metrics take codes (N, D) and factors (N, K), torch or numpy, as in disentanglement_lib. What is
-undefined is NaN, with a warning; bad input a ValueError. MIG: Chen et al. 2018; MCC: Hyvarinen &
-Morioka 2016; DCI: Eastwood & Williams 2018; modularity: Ridgeway & Mozer 2018; FactorVAE score:
-Kim & Mnih 2018.
-"""
+Metrics take codes (N, D) and factors (N, K), torch or numpy, as in disentanglement_lib. What is
+undefined is NaN, with a warning; bad input a ValueError. MIG: Chen 2018; MCC: Hyvarinen 2016; DCI:
+Eastwood 2018; modularity: Ridgeway 2018; FactorVAE score: Kim 2018."""
 import argparse
 import hashlib
 import json
@@ -17,6 +15,7 @@ import warnings
 from collections import defaultdict
 from contextlib import suppress
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -207,13 +206,12 @@ def encode(model, data, rows, seed):
     parts = [torch.stack(model.encode(data.images(part))).double().cpu() for part in parts]
     mean, logvar = torch.cat(parts, dim=1)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-    sample = mean + (0.5 * logvar).exp() * noise
-    return mean.numpy(), sample.numpy()
+    return mean.numpy(), (mean + (0.5 * logvar).exp() * noise).numpy()
 
 def of_checkpoint(path, args):
     """Codes, samples and factors of random images; those of modulated draws and u's own code."""
     model = load_checkpoint(path, args.device)
-    data = load_data(args.data or model.info["data_arg"], args.device)
+    data = load_data(args.data or str(model.info.get("data_arg", f"that of {path}")), args.device)
     n, cfg = min(args.n, len(data)), model.cfg
     rows = torch.from_numpy(np.random.default_rng(args.seed).choice(len(data), n, replace=False))
     drawn, u = data.draw(min(n, N_SCORES), torch.Generator(data.device).manual_seed(args.seed),
@@ -222,7 +220,8 @@ def of_checkpoint(path, args):
     codes, samples = encode(model, data, rows, args.seed)
     factors, u = data.factors(rows).cpu().numpy(), u.cpu().numpy()
     u = u[:, u.shape[1] // 2:] if cfg.u == "mean+var" else u   # the centres, or the log-scales
-    info = {"data": data.name, "model": cfg.model, "config": vars(cfg), "weights": "EMA"}
+    info = {"data": data.name, "model": cfg.model, "config": vars(cfg), "weights": "EMA",
+            "training": model.info, "versions": {p: version(p) for p in ("torch", "scikit-learn")}}
     if args.generate:
         info["generation"] = generation(model, data, rows[:n], codes[:n], args)
     return {"codes": codes[:n], "samples": samples[:n], "factors": factors[:n], "info": info,
@@ -305,7 +304,8 @@ def four(codes, factors, matrix=None):
 
 def measure(s, args):
     """The numbers of the report, a dict, of what of_checkpoint gives."""
-    codes, factors = s["codes"], s["factors"]
+    codes, factors, std = s["codes"], s["factors"], s["codes"].std(axis=0)
+    active = std >= 0.05 * std.max()             # a collapsed latent is not constant
     noise = np.random.default_rng(args.seed).permutation(codes)
     few, matrix, floor = (codes[:N_DCI], factors[:N_DCI], args.seed), None, None
     scores = {"factorvae": factorvae_score(*few), "linear_r2": mean_of(linear_r2(*few), "R²")}
@@ -320,18 +320,19 @@ def measure(s, args):
     pairs = {j: i for i, j in zip(*match(corr))}
     return s["info"] | {key: four(*pair) for key, pair in s["draws"].items()} | {
         "metrics": dict.fromkeys(NAMES, np.nan) | scores | four(codes, factors, matrix),
-        "noise_floor": four(noise, factors, floor),
+        "noise_floor": four(noise, factors, floor), "n_active": active.sum(), "active":
+        four(codes[:, active], factors, matrix if matrix is None else matrix[active]),
         "per_factor": {name: {"latent": best[j], "mi_over_h": share[best[j], j], "gap": gap[j],
                               "rho": corr[best[j], j], "mcc_latent": pairs.get(j)}
                        for j, name in enumerate(s["names"])},
-        "n": len(codes), "latent_std": s["codes"].std(axis=0), "mi_over_h": share}
+        "n": len(codes), "latent_std": std, "mi_over_h": share}
 
 def report(path, args):
     """The report of one file, a dict: from its metrics.json if nothing changed, or computed."""
     target = path.with_name("metrics.json")
     key = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "n": args.n, "seed": args.seed,
            "dci": not args.no_dci, "data": args.data, "generate": args.generate}
-    with suppress(OSError, ValueError, KeyError):   # none yet, or damaged
+    with suppress(Exception):                    # none yet, or damaged in one of many ways
         stored = json.loads(target.read_text())
         spare = {"dci": args.no_dci, "generate": not args.generate}     # more than asked for
         if not args.fresh and all(spare.get(k) or stored["key"].get(k) == key[k] for k in key):
@@ -339,8 +340,7 @@ def report(path, args):
     if args.n < 3 or args.generate < 0:
         raise ValueError(f"--n must be at least 3, --generate 0: got {args.n}, {args.generate}.")
     s = of_checkpoint(path, args)
-    result = measure(s, args)
-    result |= {"file": str(path), "key": key}
+    result = measure(s, args) | {"file": str(path), "key": key}
     for draw in (draw_latents, draw_factors, draw_information):
         draw(result, s).savefig(path.with_name(f"{draw.__name__[5:]}.png"), dpi=150)
     result = json.loads(json.dumps(result, default=lambda array: array.tolist()),
@@ -359,10 +359,11 @@ def table(columns):
 
 def print_report(r):
     """Print a report for people."""
-    columns = {"codes": "metrics", "noise floor": "noise_floor",
+    columns = {"codes": "metrics", f"{r['n_active']} active": "active", "noise": "noise_floor",
                "codes, on draws": "encoder_on_draws", "u alone, on draws": "u_on_draws"}
+    kind = "modes (MCC by order)" if r["config"].get("latent") in ("st", "gumbel") else "means"
     print(f"{r['file']}: {MODELS[r['model']]}, {len(r['latent_std'])} latents; {r['data']}\n"
-          f"means of q(z|x), {r['weights']} weights, n = {r['n']:,}, seed {r['key']['seed']}\n")
+          f"{kind} of q(z|x), {r['weights']} weights, n = {r['n']:,}, seed {r['key']['seed']}\n")
     print(table([["metric", *NAMES.values()], *([title, *map(r[key].get, NAMES)]
                                                 for title, key in columns.items())]))
     print(table(zip(["factor", "latent", "MI/H", "gap", "|rho|", "MCC's latent"],
@@ -387,20 +388,19 @@ def draw_latents(r, s):
     share, (figure, axes) = np.nan_to_num(r["mi_over_h"]), panels(len(r["latent_std"]))
     for i, (ax, j) in enumerate(zip(axes, share.argmax(axis=1))):
         z, y = s["samples"][:, i], s["factors"][:, j]
-        colours = colormaps["hsv" if "hue" in s["names"][j] else "viridis"]
         ax.hist([z[y == v] for v in range(y.max() + 1)], stacked=True, histtype="stepfilled",
                 bins=np.linspace(z.min(), z.max() + 1e-6, 61),
-                color=colours(np.arange(y.max() + 1) / (y.max() + 1)))
+                color=colormaps["hsv" if "hue" in s["names"][j] else "viridis"](
+                    np.arange(y.max() + 1) / (y.max() + 1)))
         ax.set(yticks=[], xlabel=f"z{i} sampled; {s['names'][j]}: MI/H {share[i, j]:.2f}")
     return figure
 
 def draw_factors(r, s):
     """Share of each value of each factor, over the grid and in modulated draws."""
     figure, axes = panels(len(s["names"]))
-    found = s["factors"], s["draws"]["u_on_draws"][1]
     for j, ax in enumerate(axes):
-        ax.hist([y[:, j] for y in found], np.arange(s["factors"][:, j].max() + 2) - 0.5,
-                density=True, label=("grid", "modulated draws"))
+        y = [a[:, j] for a in (s["factors"], s["draws"]["u_on_draws"][1])]
+        ax.hist(y, np.arange(y[0].max() + 2) - 0.5, density=True, label=("grid", "modulated draws"))
         ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share")
     axes[0].legend()
     return figure

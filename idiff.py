@@ -20,7 +20,9 @@ entries of u, E embedding, K factors, N images, S sampler steps. Images lie in [
 """
 import math
 import os
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -84,16 +86,14 @@ class Config:
         if self.unet_width % 8 or self.image_size % 16:
             raise ValueError(f"unet_width must be a multiple of 8, got {self.unet_width}, and "
                              f"image_size one of 16, got {self.image_size}.")
-
     @property
-    def z_dim(self):
-        """How many numbers decoder and U-Net see: D, or D L if latents are categorical."""
+    def z_dim(self):                     # numbers that decoder and U-Net see of z: D, or D L
         return self.latent_dim * (1 if self.latent == "gaussian" else self.categories)
+    @property
+    def halvings(self):                  # from the stem's resolution to image_size / 16
+        return int(math.log2(16 // self.patch))
 
 # ---- iVAE: encoder, conditional prior, decoder ----
-def halvings(cfg):
-    return int(math.log2(16 // cfg.patch))       # from the stem's resolution to image_size / 16
-
 class Encoder(nn.Module):
     """q(z|x): (B, C, H, W) -> mean and log-variance of z, (B, D) each, float32; or, if latents are
     categorical, their logits (B, D, L) alone, a tuple as well. Never sees u."""
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
         self.cfg, w, side = cfg, cfg.width, cfg.image_size // 16
         layers = [nn.PixelUnshuffle(cfg.patch),
                   nn.Conv2d(cfg.image_channels * cfg.patch**2, w, 3, padding=1), nn.SiLU()]
-        for i in range(halvings(cfg)):
+        for i in range(cfg.halvings):
             layers += [nn.Conv2d(2 * w if i else w, 2 * w, 3, 2, 1), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * w * side**2, 256), nn.SiLU(),
                                  nn.Linear(256, max(2 * cfg.latent_dim, cfg.z_dim)))
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         self.latent = nn.Sequential(nn.Linear(7 * cfg.z_dim, 256), nn.SiLU(),
                                     nn.Linear(256, 256), nn.SiLU())
         layers = [nn.Linear(256, 2 * w * side**2), nn.SiLU(), nn.Unflatten(1, (2 * w, side, side))]
-        for i in range(halvings(cfg)):
+        for i in range(cfg.halvings):
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(w if i else 2 * w, w, 3, padding=1),
                        nn.SiLU()]
         self.net, self.head = nn.Sequential(*layers), Head(w, 0, cfg.image_channels, 256, cfg.patch)
@@ -208,10 +208,9 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(h))
 
 class ScoreUNet(nn.Module):
-    """x_t (B, C, H, W), t (B,), z (B, D) and x_hat, the decoder's image of z, like x_t -> what
-    cfg.predict names, like x_t, float32. A U-Net on a space-to-depth stem, halved down to
-    image_size / 16; z and t enter every block, x_hat is seen beside x_t (Pandey et al. 2022)
-    unless cfg.condition is z."""
+    """x_t (B, C, H, W), t (B,), z (B, D), x_hat like x_t -> what cfg.predict names, like x_t,
+    float32. A U-Net on a space-to-depth stem, halved down to image_size / 16; z and t enter every
+    block, and unless cfg.condition is z, the decoder's x_hat is seen too (Pandey et al. 2022)."""
     def __init__(self, cfg):
         super().__init__()
         f, c = cfg.unet_width, cfg.image_channels
@@ -222,7 +221,7 @@ class ScoreUNet(nn.Module):
                                     nn.Linear(c_emb, c_emb))
         c_seen = 2 * c if self.sees_x_hat else c
         self.conv_in = nn.Conv2d(c_seen * cfg.patch**2, f, 3, padding=1)
-        widths = [f] + [2 * f] * halvings(cfg)
+        widths = [f] + [2 * f] * cfg.halvings
         self.down, self.halve, self.grow, self.up = (nn.ModuleList() for _ in range(4))
         for w, w_next in zip(widths, widths[1:]):                      # up and grow from the inside
             self.down.append(ResBlock(w, w, c_emb))
@@ -261,13 +260,10 @@ class VPSDE:
 
     def beta(self, t):
         return self.beta_min + self.beta_rise * t
-
     def log_alpha(self, t):
         return -0.25 * self.beta_rise * t**2 - 0.5 * self.beta_min * t
-
     def alpha(self, t):
         return self.log_alpha(t).exp()
-
     def sigma(self, t):
         return (-torch.expm1(2 * self.log_alpha(t))).sqrt()    # 1 - alpha^2 would round near t = 0
 
@@ -286,6 +282,8 @@ class VPSDE:
 
 def time_grid(steps, sde, kind="logsnr"):
     """(steps + 1,) times from 1 down to 1e-3: "uniform" in t, or "logsnr", uniform in sde.lam."""
+    if kind not in ("uniform", "logsnr"):
+        raise ValueError(f"unknown time grid {kind!r}: use uniform or logsnr.")
     ts = torch.linspace(1, 1e-3, steps + 1)
     if kind == "logsnr":
         first, last = sde.lam(ts[[0, -1]])
@@ -355,7 +353,6 @@ def sample_heun(eps_fn, x, ts, sde, noise=None):
     Source: Song et al. 2021, Eq. 13, for the VP-SDE."""
     def slope(x, t):
         return -0.5 * sde.beta(t) * (x - eps_fn(x, t.expand(len(x)).to(x)) / sde.sigma(t))
-
     for t, t_next in zip(ts[:-1], ts[1:]):
         first = slope(x, t)
         second = slope(x + (t_next - t) * first, t_next)
@@ -473,6 +470,8 @@ class IDiff(nn.Module):
 
     def decode(self, z):
         """The decoder's images (B, C, H, W) of latents z (B, D)."""
+        if z.dim() != 2 or z.shape[1] != self.cfg.latent_dim:
+            raise ValueError(f"z must be (B, {self.cfg.latent_dim}), got {tuple(z.shape)}.")
         return self.decoder(self.one_hot(z))
 
     def eps_fn(self, z):
@@ -480,8 +479,7 @@ class IDiff(nn.Module):
         if self.unet is None:
             raise ValueError(f"model {self.cfg.model!r} has no diffusion U-Net to sample from. "
                              "Use decode, or train with --model idiff.")
-        z = self.one_hot(z)
-        x_hat = self.decoder(z)
+        x_hat, z = self.decode(z), self.one_hot(z)
         def eps_fn(x, t):
             alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (self.sde.alpha, self.sde.sigma))
             predicted = self.unet(x, t, z, x_hat)
@@ -503,12 +501,16 @@ def save_checkpoint(path, model, ema, **state):
     """Write config, weights, averaged weights (module ema) and state to path, or nothing."""
     content = {"format": CHECKPOINT_FORMAT, "config": asdict(model.cfg), "info": model.info,
                "model": model.state_dict(), "ema": ema.state_dict(), **state}
-    partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:                           # the latter is torch's
+        partial.unlink(missing_ok=True)
+        raise OSError(f"'{path}' not written, what it held is kept: {error.__context__ or error}")
 
 def read_checkpoint(path, device="cpu"):
     """The dict that save_checkpoint wrote. FileNotFoundError or ValueError, in one line, if not."""
@@ -516,29 +518,30 @@ def read_checkpoint(path, device="cpu"):
         raise FileNotFoundError(f"checkpoint not found: '{path}'. Train one with \"python "
                                 "train.py\", or pass the path it printed at its end.")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        check_memory(sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()))
+        content = torch.load(path, map_location=device, weights_only=True)   # runs no code
+        if content["format"] != CHECKPOINT_FORMAT or not isinstance(content["info"], dict):
+            raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}")
+        with torch.device("meta"):                                     # takes no memory
+            wanted = IDiff(Config(**content["config"])).state_dict()
+        for weights in (content["model"], content["ema"]):
+            for name, p in (wanted | weights).items():
+                if (p.shape, p.dtype) != (wanted[name].shape, torch.float32) or (
+                        p.nbytes > p.untyped_storage().nbytes() or not p.isfinite().all()):
+                    raise ValueError(f"{name} does not fit, or is not finite float32 numbers")
     except Exception as error:                                         # many kinds, none the user's
-        raise ValueError(f"'{path}' is not an iDiff checkpoint or is damaged "
-                         f"({type(error).__name__}). Train it again, or pass another.") from None
-    keys = set(content) if isinstance(content, dict) else set()
-    if missing := {"format", "config", "info", "model", "ema"} - keys:
-        raise ValueError(f"'{path}' is not an iDiff checkpoint: it lacks {sorted(missing)}.")
-    if content["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(f"'{path}' has checkpoint format {content['format']!r}, not "
-                         f"{CHECKPOINT_FORMAT}. Train it again, or use the version that wrote it.")
+        reason = " ".join(f"{type(error).__name__}, {error}".split(". ")[0].split())[:200]
+        raise ValueError(f"'{path}' is not an iDiff checkpoint of this version, or is damaged: "
+                         f"{reason}. Train it again, or pass another.") from None
     return content
 
 def load_checkpoint(path, device="cpu"):
     """The IDiff model, with model.cfg and model.info, in eval mode with averaged (EMA) weights."""
     content = read_checkpoint(path, device)
-    try:
-        model = IDiff(Config(**content["config"]))
-        model.load_state_dict(content["ema"])
-    except (TypeError, RuntimeError, AttributeError, ValueError) as error:
-        raise ValueError(f"'{path}' does not fit this version of the program: "
-                         f"{' '.join(str(error).split())[:200]}") from None
+    model = IDiff(Config(**content["config"])).to(device)
+    model.load_state_dict(content["ema"])
     model.info = content["info"]
-    return model.to(device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 # ---- Data ----
 # Cube, cylinder, sphere, capsule: within radius of a core. (half width, half height, radius)
@@ -630,6 +633,8 @@ class Data:
     def __init__(self, name, sizes, image_shape, images, device, factors=None):
         self.name, self.factor_names, self.factor_sizes = name, tuple(sizes), tuple(sizes.values())
         self.image_shape, self.images, self.device, self.table = image_shape, images, device, None
+        if max(self.factor_sizes) > 1000 or math.prod(self.factor_sizes) >= 2**63:
+            raise ValueError(f"1,000 values a factor, 2^63 in all at most: {self.factor_sizes}")
         self.sizes = torch.tensor(self.factor_sizes, device=device)
         self.strides = self.sizes.flip(0).cumprod(0).flip(0) // self.sizes
         self.varied = (self.sizes > 1).nonzero().flatten()             # the factors that u tells of
@@ -687,7 +692,6 @@ def load_shapes3d(device):
     hue = torch.arange(10)[:, None] * 0.6 + torch.tensor([0.0, 4.0, 2.0])  # tenths of the circle
     palette = ((hue % 6 - 3).abs() - 1).clamp(0.04, 1)                 # (10, 3), HSV to RGB
     palette = torch.cat([palette, torch.ones(1, 3)]).to(device)        # white for highlights
-
     def compose(rows):
         colours = [rows // 48000, rows // 4800 % 10, rows // 480 % 10, torch.full_like(rows, 10)]
         rgb = palette[torch.stack(colours, dim=1)].transpose(1, 2)     # (B, 3, 4)
@@ -701,7 +705,6 @@ def load_dsprites(device):
     # Half width, half height, and bend, which pulls an ellipse's sides up to make a heart.
     sprites = torch.tensor([[9.5, 9.5, 0], [12, 7, 0], [11, 9, 0.7]], device=device)
     pixel = torch.arange(64, device=device)
-
     def compose(rows):
         _, shape, scale, turn, x, y = data.factors(rows)[..., None, None].unbind(1)  # (B, 1, 1)
         right, up = pixel - 16 - x, 16 + y - pixel[:, None]            # from the sprite's centre
@@ -716,15 +719,14 @@ def load_dsprites(device):
     data = Data("dsprites replica", DSPRITES, (1, 64, 64), compose, device)
     return data
 
-def check_memory(path, need, device):
+def check_memory(need, device=torch.device("cpu")):
     """MemoryError in one line if need bytes do not fit on the device, where the system tells."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
     if device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as file:
-            free = next(1024 * int(line.split()[1]) for line in file if "MemAvailable" in line)
+        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     if need > 0.9 * free:
-        raise MemoryError(f"'{path}' needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} "
-                          f"GiB are free on {device}. Free some, or take a smaller file.")
+        raise MemoryError(f"it needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
+                          f"free on {device}. Free some, or take a smaller file.")
 
 def read_arrays(path, device, progress):
     """images (N, H, W[, C]) uint8 and factors (N, K) of an .h5 or .npz file."""
@@ -737,8 +739,8 @@ def read_arrays(path, device, progress):
                           (("images", "imgs"), ("factors", "labels", "latents_classes")))
         if image_key is None or key is None:
             raise ValueError(f"needs the arrays images and factors, has {', '.join(arrays)}")
-        check_memory(path, arrays[image_key].size if is_h5 else
-                     arrays.zip.getinfo(image_key + ".npy").file_size, device)
+        check_memory(arrays[image_key].size + arrays[key].nbytes if is_h5 else
+                     sum(entry.file_size for entry in arrays.zip.infolist()), device)
         images, factors = arrays[image_key], np.asarray(arrays[key])
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or factors.ndim != 2:
             raise ValueError(f"images must be (N, H, W, C) uint8 and factors (N, K), got "
@@ -756,8 +758,7 @@ def load_file(path, device, progress):
     images, labels = read_arrays(path, device, progress)
     images = images.reshape(*images.shape[:3], -1)                     # (N, H, W, C)
     if len(images) != len(labels) or not labels.size or not np.isfinite(labels).all():
-        raise ValueError(f"needs a row of finite factors per image, got {len(images)} images and "
-                         f"factors {labels.shape}")
+        raise ValueError(f"needs a row of finite factors per image: {images.shape}, {labels.shape}")
     values, index = zip(*(np.unique(column, return_inverse=True) for column in labels.T))
     sizes, factors = tuple(map(len, values)), torch.from_numpy(np.stack(index, axis=1))
     names = next((known for known in (SHAPES3D, DSPRITES) if tuple(known.values()) == sizes),
@@ -778,11 +779,10 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
                                 "of an .h5 or .npz file.")
     try:
         return load_file(name, device, progress)
-    except MemoryError:
-        raise
-    except Exception as error:                                         # many kinds, as of formats
-        reason = " ".join(str(error).split())
-        raise ValueError(f"'{name}' cannot be used as data: {reason}") from None
+    except Exception as error:                                         # of zip, h5, pickle: many
+        kind = MemoryError if isinstance(error, MemoryError) else ValueError
+        reason = " ".join(str(error).split())[:200]
+        raise kind(f"'{name}' cannot be used as data: {reason}") from None
 
 def save_grid(file, images, rows, columns):
     """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""

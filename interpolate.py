@@ -162,7 +162,8 @@ def run(args):
     model = load_checkpoint(args.checkpoint, args.device)
     args.out = args.out or Path(args.checkpoint).parent
     args.out.mkdir(parents=True, exist_ok=True)
-    data = load_data(args.data or model.info["data_arg"], args.device, tqdm)
+    data = load_data(args.data or str(model.info.get("data_arg", f"that of {args.checkpoint}")),
+                     args.device, tqdm)
     rows, codes, names = survey(model, data, args.seed)
     names = choose(args.latents, names)
     print(f"{', '.join(names.values())}; pictures go to {args.out}", flush=True)

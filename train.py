@@ -3,7 +3,6 @@
 
     python train.py                                # the recipe: all six factors of 3D Shapes
     python train.py --paper --out runs/paper       # the paper's method at the same size
-    python train.py --search bayes --steps 800     # lambda_KL, lambda_rec and u, by short runs
 """
 import argparse
 import atexit
@@ -15,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -29,7 +29,6 @@ import evaluate
 from idiff import (Config, IDiff, load_checkpoint, load_data, losses, read_checkpoint,
                    save_checkpoint, save_grid, seeded_noise)
 
-EPOCH = 480_000                                    # draws, the size of 3D Shapes
 SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, batch_size=128, rec_images=0,
                       ddpm_images=0, epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
@@ -47,7 +46,7 @@ def build_parser():
         description=__doc__, allow_abbrev=False, usage="python train.py [options]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=110))
     add = parser.add_argument_group("the run").add_argument
-    add("--data", help="shapes3d (default), dsprites, or a .h5 or .npz file")
+    add("--data", default="shapes3d", help="shapes3d (default), dsprites, or a .h5 or .npz file")
     add("--size", choices=SIZES, help="widths, batch, length (default: full on CUDA, else small)")
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
@@ -94,8 +93,8 @@ def make_config(args, data, ivae):
                              "n_factors": sum(size > 1 for size in data.factor_sizes)})
     if wrong := [f"{k} {v}" for k, v in fixed.items() if getattr(cfg, k) != v]:
         raise ValueError(f"--freeze-ivae {args.freeze_ivae} needs {', '.join(wrong)}.")
-    steps = cfg.steps or max(1, round(cfg.epochs * EPOCH / cfg.batch_size))
-    return replace(cfg, steps=steps, epochs=steps * cfg.batch_size / EPOCH,
+    steps = cfg.steps or max(1, round(cfg.epochs * 480_000 / cfg.batch_size))
+    return replace(cfg, steps=steps, epochs=steps * cfg.batch_size / 480_000,
                    ddpm_images=min(cfg.ddpm_images or cfg.batch_size, cfg.batch_size))
 
 def make_folder(args, cfg):
@@ -137,9 +136,9 @@ def learning_rate(cfg, step):
     return cfg.lr * decay * min(1.0, (step + 1) / 100)
 
 def draw_batch(cfg, data, step):
-    """x, u, t, eps of one step; t is stratified over (0, 1] (Kingma et al. 2021). What is drawn
-    depends on seed and step alone, so a run resumes as it was. Ranks draw the same and keep each
-    WORLD-th row: their mean is one process's but for z's noise, which each draws itself."""
+    """x, u, t, eps of one step, drawn from seed and step alone; t is stratified over (0, 1] (Kingma
+    et al. 2021). Ranks draw the same and keep each WORLD-th row: their mean is one process's, but
+    for z's noise, which each draws itself."""
     generator = torch.Generator(data.device).manual_seed(hash((cfg.seed, step)))
     torch.manual_seed(hash((cfg.seed, step, RANK)))               # for z's noise
     rows, u = data.draw(cfg.batch_size, generator, cfg.u, cfg.u_scale)
@@ -185,7 +184,7 @@ def restore(content, model, ema, optimizer):
     ema.module.load_state_dict(content["ema"])
     ema.n_averaged.copy_(content["n_averaged"])
     optimizer.load_state_dict(content["optimizer"])
-    return content["step"]
+    return range(ema.module.cfg.steps + 1).index(content["step"])
 
 def train(cfg, data, out, args, parts, first_step):
     """Train from first_step to cfg.steps, logging and saving into the folder out."""
@@ -219,8 +218,7 @@ def train(cfg, data, out, args, parts, first_step):
 @torch.no_grad()
 def validate(cfg, model, data, n=4096, size=256):
     """ELBO in nats per image, higher is better, on n modulated draws of a fixed seed; its terms.
-    -(values / 2) log(2 pi e MSE) - KL: a Gaussian decoder whose variance is the best one, the mean
-    squared error itself, so that no lambda enters."""
+    -(values / 2) log(2 pi e MSE) - KL, a Gaussian decoder of the best variance: no lambda in it."""
     generator, sums = torch.Generator(data.device).manual_seed(1_000_003), {"rec": 0.0, "kl": 0.0}
     torch.manual_seed(0)
     for _ in range(n // size):
@@ -233,13 +231,13 @@ def validate(cfg, model, data, n=4096, size=256):
 
 def describe(cfg, data, device, model):
     """The first line: what runs, on what, and how much of it."""
-    method = (model.info["method"] + f", {WORLD} ranks" * (WORLD > 1)
-              + f", frozen iVAE of {model.info['frozen']}" * bool(model.info["frozen"]))
+    info, millions = model.info, sum(p.numel() for p in model.parameters()) / 1e6
+    frozen = f", frozen iVAE of {info['frozen']}" * bool(info["frozen"])
     where = (torch.cuda.get_device_name(device) if device.type == "cuda"
-             else f"{device.type} ({torch.get_num_threads()} threads)")
-    return (f"{where}, size {model.info['size']}, method {method}: {cfg.model} with {cfg.prior} "
-            f"prior, u {cfg.u}; {data.name}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
-            f" M parameters; {cfg.steps} steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs")
+             else f"{device.type}, {torch.get_num_threads()} threads")
+    return (f"{where}, size {info['size']}, method {info['method']}{frozen}: {cfg.model} with "
+            f"{cfg.prior} prior, u {cfg.u}; {data.name}; {millions:.2f} M parameters; {cfg.steps} "
+            f"steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs")
 
 def provenance(args, data):
     """What a checkpoint says of its origin."""
@@ -257,11 +255,10 @@ def draw(out, model, data, n=10):
     records = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
     records = [r for r in records if "rec" in r]
     figure = Figure((11, 2.8), layout="constrained")
-    titles = {"rec": "reconstruction loss", "kl": "KL, nats per image", "ddpm": "denoising loss"}
-    for axis, (name, title) in zip(figure.subplots(1, 3), titles.items()):
+    for axis, name in zip(figure.subplots(1, 3), ("rec", "kl", "ddpm")):
         shown = [r for r in records if name in r]
         axis.plot([r["step"] for r in shown], [r[name] for r in shown], lw=0.8)
-        axis.set(title=title, xlabel="step", yscale="log")
+        axis.set(title=name, xlabel="step", yscale="log")
     figure.savefig(os.path.join(out, "losses.png"), dpi=150)
     x = data.images(torch.arange(n, device=data.device) * 7919 * 31 % len(data))    # a mixture
     z = model.encode(x)[0]
@@ -288,11 +285,11 @@ def resume(args, device):
     info = (content := read_checkpoint(args.resume, device))["info"]
     if any(hasattr(args, f.name) for f in fields(Config)) or any(
             (args.out, args.paper, args.size, args.freeze_ivae)):
-        raise ValueError("--resume goes on with the run as it was: leave out --out, --size, "
-                         "--paper and every flag that changes the numbers.")
-    if "optimizer" not in content or "data_arg" not in info:
+        raise ValueError("--resume goes on with the run as it was, without flags that change it.")
+    if "optimizer" not in content or not {"data_arg", "size", "method", "frozen"} <= set(info):
         raise ValueError(f"'{args.resume}' holds a model but no training state to resume.")
-    args.data, args.freeze_ivae = args.data or info["data_arg"], info["frozen"]
+    args.data = str(info["data_arg"]) if args.data == "shapes3d" else args.data
+    args.freeze_ivae = info["frozen"]
     return content
 
 def prepare(args):
@@ -301,7 +298,6 @@ def prepare(args):
         raise ValueError("--save-every and --log-every must be at least 1.")
     device = pick_device(args.device)
     content = resume(args, device) if args.resume else None
-    args.data = args.data or "shapes3d"
     args.size = args.size or ("full" if device.type == "cuda" else "small")
     ivae = load_checkpoint(args.resume or args.freeze_ivae, device) if args.freeze_ivae else None
     data = load_data(args.data, device, lambda rows, **bar: tqdm(rows, disable=RANK > 0, **bar))
@@ -312,23 +308,26 @@ def prepare(args):
     out = (os.path.dirname(args.resume) or ".") if content else make_folder(args, cfg)
     parts = build(cfg, device, ivae)
     parts[0].info = content["info"] if content else provenance(args, data)
-    first_step = restore(content, *parts) if content else 0
+    try:
+        first_step = restore(content, *parts) if content else 0
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"'{args.resume}' holds no state to resume from: {error}") from None
     if RANK == 0:
         trim_log(out, first_step, cfg)
         print(describe(cfg, data, device, parts[0]), flush=True)
     return cfg, data, out, parts, first_step
 
 def trim_log(out, first_step, cfg):
-    """Keep of log.jsonl the config and the lines up to first_step."""
-    with open(os.path.join(out, "log.jsonl"), "a+") as log:
-        log.seek(0)
-        kept = [line for line in log if line.endswith("\n")
-                and json.loads(line).get("step", first_step + 1) <= first_step]
-        log.truncate(0)
-        log.write(json.dumps({"config": asdict(cfg)}) + "\n" + "".join(kept))
+    """Keep of log.jsonl the config and the whole lines up to first_step."""
+    path, kept = Path(out, "log.jsonl"), [json.dumps({"config": asdict(cfg)})]
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(Exception):                                 # cut short, or damaged
+            if json.loads(line)["step"] <= first_step:
+                kept.append(line)
+    path.write_text("\n".join(kept) + "\n")
 
 def run(args):
-    """One run, from its first line to its last; its ELBO, on rank 0."""
+    """One run, from its first line to its last; its ELBO on rank 0."""
     cfg, data, out, parts, first_step = prepare(args)
     train(cfg, data, out, args, parts, first_step)
     elbo = finish(cfg, data, out, parts[1]) if RANK == 0 else None
@@ -377,7 +376,7 @@ def run_trial(trial, args, space):
         elbo = run(argparse.Namespace(**vars(args) | chosen | {"out": out}))
     except SystemExit:                                            # Ctrl-C
         trial.study.enqueue_trial(trial.params)
-        raise KeyboardInterrupt from None
+        raise KeyboardInterrupt("stopped. Go on by the same command.") from None
     except Exception as error:
         trial.set_user_attr("failed", str(error).splitlines()[0])
         raise
@@ -411,11 +410,11 @@ def main(argv=None):
             dist.init_process_group()                             # gloo on CPUs, nccl on GPUs
             atexit.register(dist.destroy_process_group)
         search(args) if args.search else run(args)
-    except KeyboardInterrupt:
-        sys.exit("stopped. A search goes on by the same command.")
-    except (ImportError, ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (KeyboardInterrupt, ImportError, ValueError, OSError, MemoryError,
+            torch.OutOfMemoryError) as error:
         time.sleep(10 if RANK else 0)       # torchrun ends us before if rank 0 met it too
-        sys.exit(f"train.py: {' '.join(str(error).split())[:400]}")
+        hint = ". Try: pip install -r requirements.txt" if isinstance(error, ImportError) else ""
+        sys.exit(f"train.py: {' '.join(str(error).split())[:400]}{hint}")
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""Crashes, full disks, damaged files: one clear line, and the last good checkpoint intact.
+
+    python -m pytest tests/test_robust.py
+    python tests/bench_robust.py                    # the same at length
+"""
+import copy
+import json
+import resource
+import shutil
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import interpolate
+import train
+from bench_robust import damage_files, kill_runs, same
+from conftest import TINY
+from idiff import (Data, IDiff, VPSDE, load_checkpoint, load_data, read_checkpoint,
+                   save_checkpoint, time_grid)
+
+def refusal(main, argv):
+    """What the user reads when main(argv) ends at once: one line."""
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, argv)])
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code
+    return end.value.code
+
+@contextmanager
+def files_of_at_most(n_bytes):
+    """As on a full disk, writing beyond n_bytes of any file fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A copy of the tiny run, to be harmed."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+def change(run, **entries):
+    """Path of the run's checkpoint, with entries replaced."""
+    content = torch.load(run / "ckpt.pt", weights_only=True)
+    torch.save(content | entries, run / "ckpt.pt")
+    return run / "ckpt.pt"
+
+# ---- crashes and full disks ----
+
+def test_killed_runs_end_as_if_undisturbed(tmp_path):
+    found = kill_runs(tmp_path, 3, per_run=3, steps=9)
+    assert found["kills"] == 3 and found["equal bit for bit"] == found["runs"] == 1
+    assert not found["exit status not 0"]
+
+def test_full_disk_leaves_the_old_checkpoint_and_no_other_file(tiny_run, tmp_path):
+    path = shutil.copy(tiny_run / "ckpt.pt", tmp_path)
+    model, before = load_checkpoint(path), (tmp_path / "ckpt.pt").read_bytes()
+    with files_of_at_most(20_000), pytest.raises(OSError) as error:
+        save_checkpoint(path, model, model)
+    assert str(path) in str(error.value) and "disk" in str(error.value)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+def test_full_disk_ends_a_run_in_one_line(tiny_npz, tmp_path):
+    with files_of_at_most(20_000):
+        text = refusal(train.main, [*TINY, "--data", tiny_npz, "--steps", "2", "--out", tmp_path])
+    assert "ckpt.pt" in text and "disk" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+def test_folder_that_cannot_be_made_is_named(tiny_npz, tiny_run):
+    for main, argv in ((train.main, [*TINY, "--data", tiny_npz, "--steps", "1"]),
+                       (interpolate.main, [tiny_run / "ckpt.pt"])):
+        assert "/proc/run" in refusal(main, [*argv, "--out", "/proc/run"])
+
+def test_odd_paths_work(tiny_npz, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny_npz, "- dätä ✓.npz")
+    train.main([*TINY, "--data=- dätä ✓.npz", "--steps", "1", "--out=-my rün"])
+    train.main(["--resume=-my rün/ckpt.pt", "--device", "cpu"])
+    evaluate.main(["--no-dci", "--", "-my rün/ckpt.pt"])
+    interpolate.main(["--steps", "1", "--columns", "2", "--", "-my rün/ckpt.pt"])
+    assert (tmp_path / "-my rün" / "metrics.json").exists()
+
+# ---- damaged files ----
+
+def test_damaged_files_run_no_code_and_give_one_line(tmp_path):
+    bad = []
+    _, growth = damage_files(tmp_path, 80, seed=1, report=bad.append)
+    assert not bad and growth < 1000                    # MiB
+
+@pytest.mark.parametrize("entries, words", [
+    (dict(format=1), "format is 1"), (dict(config=3), "ckpt.pt"), (dict(info=None), "ckpt.pt"),
+    (dict(format=torch.ones(2)), "ckpt.pt"), (dict(info={}), "ckpt.pt")])
+def test_every_script_refuses_a_foreign_checkpoint_in_one_line(run, entries, words):
+    path = change(run, **entries)
+    assert words in refusal(evaluate.main, [path, "--fresh"])
+    assert words in refusal(interpolate.main, [path])
+    assert words in refusal(train.main, ["--resume", path, "--device", "cpu"])
+
+def test_weights_that_are_not_finite_are_refused(run):
+    weights = read_checkpoint(run / "ckpt.pt")["ema"]
+    weights["decoder.head.mix.bias"][0] = torch.nan
+    with pytest.raises(ValueError, match="decoder.head.mix.bias.*finite"):
+        load_checkpoint(change(run, ema=weights))
+
+@pytest.mark.parametrize("entries", [
+    dict(step=99), dict(step=None), dict(random={}), dict(optimizer={}), dict(n_averaged=None)])
+def test_training_state_that_does_not_fit_is_refused(run, entries):
+    path = change(run, **entries)
+    before = path.read_bytes()
+    assert str(path) in refusal(train.main, ["--resume", path, "--device", "cpu"])
+    assert path.read_bytes() == before
+
+def test_state_of_other_shapes_never_reaches_the_optimiser(run):
+    optimizer = read_checkpoint(run / "ckpt.pt")["optimizer"]
+    optimizer["state"][0]["exp_avg"] = torch.zeros(3)
+    path = change(run, optimizer=optimizer, step=2)
+    assert str(path) in refusal(train.main, ["--resume", path, "--device", "cpu"])
+
+def test_resuming_on_other_data_is_refused(run, tmp_path):
+    np.savez(tmp_path / "other.npz", images=np.zeros((6, 16, 16, 3), np.uint8),
+             factors=np.arange(6)[:, None])
+    text = refusal(train.main, ["--resume", run / "ckpt.pt", "--data", tmp_path / "other.npz"])
+    assert "other.npz" in text and "ckpt.pt" in text
+
+@pytest.mark.parametrize("noise", [b"\xff\xfe\n", b"no json\n", b"[" * 9999 + b"\n", b"[1]\n",
+                                   b'{"step": "a"}\n', b'{"step": 1, "rec": 0.\n'])
+def test_a_damaged_log_does_not_keep_a_run_from_going_on(run, noise):
+    log = run / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([lines[0], noise, *lines[1:5], noise]))
+    train.main(["--resume", str(run / "ckpt.pt"), "--device", "cpu"])
+    assert log.read_bytes().splitlines(keepends=True)[:5] == lines[:5]
+
+@pytest.mark.parametrize("way", [lambda stored: [], lambda stored: {"key": stored["key"]},
+                                 lambda stored: stored | {"metrics": 3},
+                                 lambda stored: stored | {"per_factor": [1]}])
+def test_a_damaged_report_is_computed_anew(run, way):
+    argv, stored = [str(run / "ckpt.pt"), "--no-dci"], run / "metrics.json"
+    evaluate.main(argv)
+    text = stored.read_text()
+    stored.write_text(json.dumps(way(json.loads(text))))
+    evaluate.main(argv)
+    assert stored.read_text() == text                   # to the last digit
+
+def test_report_tells_of_the_training(run):
+    evaluate.main([str(run / "ckpt.pt"), "--no-dci"])
+    result = json.loads((run / "metrics.json").read_text())
+    assert {"commit", "versions", "data_arg"} <= set(result["training"])
+    assert result["config"]["seed"] == 0 and "torch" in result["versions"]
+
+def test_dsprites_files_of_whole_bytes_keep_their_grey_values(tmp_path):
+    images = np.arange(4, dtype=np.uint8)[:, None, None] * np.full((16, 16), 85, np.uint8)
+    np.savez(tmp_path / "a.npz", imgs=images, latents_classes=np.arange(4)[:, None])
+    x = load_data(str(tmp_path / "a.npz")).images(torch.arange(4))
+    assert torch.allclose(x[:, 0, 0, 0], torch.tensor([-1, -1 / 3, 1 / 3, 1]))
+
+def test_factors_without_end_are_refused():
+    for sizes in ([2] * 63, [100_000, 2]):
+        with pytest.raises(ValueError, match="1,000 values"):
+            Data("x", {str(k): size for k, size in enumerate(sizes)}, (3, 16, 16), None, "cpu")
+
+# ---- one seed, one result ----
+
+def test_how_often_is_logged_and_saved_changes_no_weight(tiny_npz, tiny_run, tmp_path):
+    argv = [*TINY[:-2], "--data", tiny_npz, "--steps", "4", "--out", str(tmp_path)]
+    train.main([*argv, "--log-every", "3", "--save-every", "2"])
+    a, b = (read_checkpoint(path / "ckpt.pt") for path in (tiny_run, tmp_path))
+    assert all(same(a[k], b[k]) for k in ("model", "ema", "optimizer"))
+
+# ---- wrong arguments ----
+
+def test_latents_of_another_shape_are_named(tiny_run):
+    model = load_checkpoint(tiny_run / "ckpt.pt")
+    for z in (torch.zeros(2, 5), torch.zeros(3)):
+        for call in (model.decode, lambda z: model.sample(z, torch.zeros(2, 3, 16, 16))):
+            with pytest.raises(ValueError, match=r"\(B, 3\)"):
+                call(z)
+
+def test_unknown_time_grid_is_named():
+    with pytest.raises(ValueError, match="linear.*logsnr"):
+        time_grid(4, VPSDE(), "linear")
+
+def test_a_model_of_ones_own_needs_no_info(tiny_run, tmp_path):
+    """save_checkpoint of a script without info can be loaded and sampled from."""
+    cfg = load_checkpoint(tiny_run / "ckpt.pt").cfg
+    model = IDiff(cfg)
+    save_checkpoint(tmp_path / "a.pt", model, copy.deepcopy(model))
+    assert load_checkpoint(tmp_path / "a.pt").decode(torch.zeros(1, 3)).shape == (1, 3, 16, 16)
