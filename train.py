@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-
 import evaluate
 from idiff import (Config, IDiff, load_checkpoint, load_data, losses, read_checkpoint,
                    save_checkpoint, save_grid, seeded_noise)
@@ -378,28 +377,29 @@ def run_trial(trial, args, space):
         trial.study.enqueue_trial(trial.params)
         raise KeyboardInterrupt("stopped. Go on by the same command.") from None
     except Exception as error:
-        trial.set_user_attr("failed", str(error).splitlines()[0])
+        trial.set_user_attr("failed", " ".join(str(error).split()))
         raise
-    if args.objective == "elbo":
-        return elbo
     flags = evaluate.build_parser().parse_args([f"{out}/ckpt.pt", "--no-dci", "--n", "10000"])
-    return evaluate.report(flags.paths[0], flags)["metrics"]["mig"]
+    return elbo if args.objective == "elbo" else (
+        evaluate.report(flags.paths[0], flags)["metrics"]["mig"])
 
 def write_trials(study, args, space):
     """Write trials.md and search.png; returns the text: every trial, and the paper's Table 1."""
-    import optuna
     rows = [["trial", *space, args.objective]] + [
         [str(t.number), *(f"{t.params.get(k)!s:.9}" for k in space),
          t.user_attrs.get("failed", t.state.name.lower()) if t.value is None else t.value]
         for t in study.trials]
     text = evaluate.table(zip(*rows))
-    if any(t.value is not None for t in study.trials):
+    if done := [t for t in study.trials if t.value is not None]:
         best = study.best_trial
         text += f"\nBest: {args.out}/trial-{best.number:03d}/ckpt.pt\n\n" + evaluate.table(zip(
             ["hyperparameter", "search space", "best value", "the paper's best"],
             *([k, str(v), f"{best.params[k]!s:.9}", str(PAPER.get(k))] for k, v in space.items())))
-        axes = optuna.visualization.matplotlib.plot_slice(study, target_name=args.objective)
-        np.ravel(axes)[0].figure.savefig(f"{args.out}/search.png", dpi=150, bbox_inches="tight")
+        figure, axes = evaluate.panels(len(space), (6, 2.5))
+        for axis, k in zip(axes, space):
+            axis.scatter([t.params[k] for t in done], [t.value for t in done])
+            axis.set(xlabel=k, ylabel=args.objective, **{"xscale": "log"} if k == "kl" else {})
+        figure.savefig(f"{args.out}/search.png", dpi=150)
     Path(args.out, "trials.md").write_text(text)
     return text
 
