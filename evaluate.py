@@ -4,16 +4,15 @@
     python evaluate.py runs/NAME/ckpt.pt                 # a report; many: the paper's tables
     python evaluate.py runs/NAME/ckpt.pt --generate 200  # and how good generated images are
 
-Metrics take codes (N, D) and factors (N, K), torch or numpy, as in disentanglement_lib. What is
-undefined is NaN, with a warning; bad input a ValueError. MIG: Chen 2018; MCC: Hyvarinen 2016; DCI:
-Eastwood 2018; modularity: Ridgeway 2018; FactorVAE score: Kim 2018."""
+Metrics take arrays codes (N, D) and factors (N, K); what is undefined is NaN, with a warning. Chen
+2018 (MIG), Hyvarinen 2016 (MCC), Eastwood 2018 (DCI), Ridgeway 2018 (modularity), Kim 2018."""
 import argparse
 import hashlib
 import json
 import os
 import warnings
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -332,18 +331,18 @@ def report(path, args):
     target = path.with_name("metrics.json")
     key = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "n": args.n, "seed": args.seed,
            "dci": not args.no_dci, "data": args.data, "generate": args.generate}
-    with suppress(Exception):                    # none yet, or damaged in one of many ways
-        stored = json.loads(target.read_text())
+    with suppress(Exception), redirect_stdout(None):     # none yet, or too damaged to be shown
+        print_report(stored := json.loads(target.read_text()) | {"file": str(path)})
         spare = {"dci": args.no_dci, "generate": not args.generate}     # more than asked for
         if not args.fresh and all(spare.get(k) or stored["key"].get(k) == key[k] for k in key):
-            return stored | {"file": str(path)}
+            return stored
     if args.n < 3 or args.generate < 0:
         raise ValueError(f"--n must be at least 3, --generate 0: got {args.n}, {args.generate}.")
     s = of_checkpoint(path, args)
     result = measure(s, args) | {"file": str(path), "key": key}
     for draw in (draw_latents, draw_factors, draw_information):
         draw(result, s).savefig(path.with_name(f"{draw.__name__[5:]}.png"), dpi=150)
-    result = json.loads(json.dumps(result, default=lambda array: array.tolist()),
+    result = json.loads(json.dumps(result, default=lambda a: getattr(a, "tolist", a.__str__)()),
                         parse_constant=lambda nan: None)
     target.write_text(json.dumps(result, indent=1) + "\n")
     return result

@@ -183,6 +183,8 @@ def restore(content, model, ema, optimizer):
     ema.module.load_state_dict(content["ema"])
     ema.n_averaged.copy_(content["n_averaged"])
     optimizer.load_state_dict(content["optimizer"])
+    for p, state in optimizer.state.items():
+        state["exp_avg"].view_as(p), state["exp_avg_sq"].view_as(p)   # fails if they are not like p
     return range(ema.module.cfg.steps + 1).index(content["step"])
 
 def train(cfg, data, out, args, parts, first_step):
@@ -255,8 +257,7 @@ def draw(out, model, data, n=10):
     records = [r for r in records if "rec" in r]
     figure = Figure((11, 2.8), layout="constrained")
     for axis, name in zip(figure.subplots(1, 3), ("rec", "kl", "ddpm")):
-        shown = [r for r in records if name in r]
-        axis.plot([r["step"] for r in shown], [r[name] for r in shown], lw=0.8)
+        axis.plot(*zip(*((r["step"], r[name]) for r in records if name in r)), lw=0.8)
         axis.set(title=name, xlabel="step", yscale="log")
     figure.savefig(os.path.join(out, "losses.png"), dpi=150)
     x = data.images(torch.arange(n, device=data.device) * 7919 * 31 % len(data))    # a mixture
@@ -301,6 +302,8 @@ def prepare(args):
     ivae = load_checkpoint(args.resume or args.freeze_ivae, device) if args.freeze_ivae else None
     data = load_data(args.data, device, lambda rows, **bar: tqdm(rows, disable=RANK > 0, **bar))
     cfg = Config(**content["config"]) if content else make_config(args, data, ivae)
+    if (cfg.image_size, cfg.n_factors) != (data.image_shape[1], len(data.varied)):
+        raise ValueError(f"'{args.resume}' was trained on other data than '{args.data}'.")
     if any(n % WORLD for n in (cfg.batch_size, cfg.rec_images, cfg.ddpm_images)):
         raise ValueError(f"--batch-size, --rec-images and --ddpm-images: {WORLD} ranks share each "
                          f"evenly, got {cfg.batch_size}, {cfg.rec_images} and {cfg.ddpm_images}.")
@@ -329,9 +332,7 @@ def run(args):
     """One run, from its first line to its last; its ELBO on rank 0."""
     cfg, data, out, parts, first_step = prepare(args)
     train(cfg, data, out, args, parts, first_step)
-    elbo = finish(cfg, data, out, parts[1]) if RANK == 0 else None
-    average([torch.zeros(1)])                                     # the others wait for rank 0
-    return elbo
+    return finish(cfg, data, out, parts[1]) if RANK == 0 else None
 
 # ---- the search ----
 def search(args):
@@ -340,10 +341,9 @@ def search(args):
     args.out, grid = args.out or "runs/search", args.search == "grid"
     if args.resume or WORLD > 1:
         raise ValueError("--search goes without --resume and torchrun; its own command resumes it.")
-    types = {f.name: f.type for f in fields(Config)}
-    if wrong := [name for name, *values in args.over if name not in types or not values]:
+    if wrong := [k for k, *v in args.over if not v or k not in Config.__annotations__]:
         raise ValueError(f"--over takes a flag without its dashes, and values, got {wrong}.")
-    over = {name: [types[name](value) for value in values] for name, *values in args.over}
+    over = {k: [Config.__annotations__[k](v) for v in values] for k, *values in args.over}
     space = SPACE | (GRID if grid else {}) | over
     space = {k: v for k, v in space.items() if not hasattr(args, k)}
     os.makedirs(args.out, exist_ok=True)

@@ -355,11 +355,9 @@ def without_pictures():
     """Pictures and the end of a run take seconds and read no file: left out in most cases."""
     kept = {(module, name): getattr(module, name) for module, name in [
         *((evaluate, n) for n in vars(evaluate) if n.startswith("draw_")),
-        (interpolate, "traverse"), (interpolate, "draw_true_factors"), (train, "finish"),
-        (train, "step_seconds")]}
+        (interpolate, "traverse"), (interpolate, "draw_true_factors"), (train, "finish")]}
     for module, name in kept:
         setattr(module, name, lambda *args: Stub())
-    train.step_seconds = lambda *args: 0.0
     yield
     for (module, name), function in kept.items():
         setattr(module, name, function)

@@ -106,7 +106,7 @@ def test_weights_that_are_not_finite_are_refused(run):
         load_checkpoint(change(run, ema=weights))
 
 @pytest.mark.parametrize("entries", [
-    dict(step=99), dict(step=None), dict(random={}), dict(optimizer={}), dict(n_averaged=None)])
+    dict(step=99), dict(step=None), dict(optimizer={}), dict(n_averaged=None)])
 def test_training_state_that_does_not_fit_is_refused(run, entries):
     path = change(run, **entries)
     before = path.read_bytes()
