@@ -236,11 +236,11 @@ def train_reader(data, seed, steps=600):
     k, v = len(data.varied), max(data.factor_sizes)
     rows, n_test = torch.randperm(len(data)).to(data.device), min(len(data) // 10 + 1, 2000)
     net = Encoder(Config(image_channels=data.image_shape[0], image_size=data.image_shape[1],
-                         latent_dim=(k * v + 1) // 2)).to(data.device)
+                         latent_dim=(k * v + 1) // 2)).net.to(data.device)
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     def logits(x):
-        return torch.cat(net(x), dim=1)[:, :k * v].view(-1, v, k)      # (B, V values, K)
+        return net(x)[:, :k * v].view(-1, v, k)                        # (B, V values, K)
     for _ in tqdm(range(steps), "training a classifier", disable=None, leave=False):
         batch = rows[torch.randint(n_test, len(data), (128,))]
         x, y = data.images(batch), data.factors(batch)[:, data.varied]

@@ -236,9 +236,9 @@ def describe(cfg, data, device, model):
     frozen = f", frozen iVAE of {info['frozen']}" * bool(info["frozen"])
     where = (torch.cuda.get_device_name(device) if device.type == "cuda"
              else f"{device.type}, {torch.get_num_threads()} threads")
-    return (f"{where}, size {info['size']}, method {info['method']}{frozen}: {cfg.model} with "
-            f"{cfg.prior} prior, u {cfg.u}; {data.name}; {millions:.2f} M parameters; {cfg.steps} "
-            f"steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs")
+    return (f"{where}, ranks {WORLD}, size {info['size']}, method {info['method']}{frozen}: "
+            f"{cfg.model} with {cfg.prior} prior, u {cfg.u}; {data.name}; {millions:.2f} M "
+            f"parameters; {cfg.steps} steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs")
 
 def provenance(args, data):
     """What a checkpoint says of its origin."""

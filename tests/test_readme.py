@@ -31,7 +31,8 @@ def test_readme_commands_and_blocks_run_in_order(tmp_path, monkeypatch, shapes3d
         module = importlib.import_module(name)
         monkeypatch.setattr(module, "load_data", lambda *args: shapes3d)    # rendered once
         if "NAME" not in " ".join(flags) and "*" not in " ".join(flags):
-            module.main([*flags, *SMALL[name].split()])
+            one_trial = ["--trials", "1"] * ("--search" in flags)
+            module.main([*flags, *SMALL[name].split(), *one_trial])
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
