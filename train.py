@@ -49,7 +49,7 @@ def build_parser():
     add("--size", choices=SIZES, help="widths, batch, length (default: full on CUDA, else small)")
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
-    add("--out", help="folder of the run (default: a new one, runs/MODEL-sSEED; runs/search)")
+    add("--out", help="folder of the run (default: a new one, runs/MODEL-sSEED or search-KIND)")
     add("--resume", metavar="CKPT", help="go on with the run of this checkpoint")
     add("--freeze-ivae", metavar="CKPT", help="train a U-Net on its frozen iVAE")
     add("--save-every", type=int, default=500, metavar="N", help="steps between writes of ckpt.pt")
@@ -338,7 +338,7 @@ def run(args):
 def search(args):
     """Trials until none is left; workers started alike, at once or later, share the study."""
     import optuna
-    args.out, grid = args.out or "runs/search", args.search == "grid"
+    args.out, grid = args.out or f"runs/search-{args.search}", args.search == "grid"
     if args.resume or WORLD > 1:
         raise ValueError("--search goes without --resume and torchrun; its own command resumes it.")
     if wrong := [k for k, *v in args.over if not v or k not in Config.__annotations__]:
@@ -353,7 +353,7 @@ def search(args):
         storage=args.storage or optuna.storages.JournalStorage(file),
         sampler=optuna.samplers.GridSampler(space, seed=0) if grid else
         optuna.samplers.TPESampler(constant_liar=True),
-        study_name="search", direction="maximize", load_if_exists=True)
+        study_name=" ".join(sorted(space)), direction="maximize", load_if_exists=True)
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         log = f"{args.out}/trial-{trial.number:03d}/log.jsonl"
         seen = os.path.getmtime(log) if os.path.exists(log) else trial.datetime_start.timestamp()
