@@ -137,19 +137,19 @@ def build(cfg, make=None, width=0):
 
 def step_s(cfg, data, parts, contiguous=False):
     """Seconds of one training step, draw included."""
-    model, ema, optimizer, generator = parts
+    model, ema, optimizer = parts
     start = time.perf_counter()
-    batch = train.draw_batch(cfg, data, generator)
+    batch = train.draw_batch(cfg, data, 0)
     if contiguous:
         batch = [tensor.contiguous() for tensor in batch]
     float(train.train_step(cfg, model, ema, optimizer, batch, 0)["rec"])      # waits for the device
     return time.perf_counter() - start
 
-def draw_s(cfg, data, generator, n=10):
+def draw_s(cfg, data, n=10):
     """Seconds of draw_batch alone, mean of n."""
     start = time.perf_counter()
     for _ in range(n):
-        x = train.draw_batch(cfg, data, generator)[0]
+        x = train.draw_batch(cfg, data, 0)[0]
     float(x[0, 0, 0, 0])
     return (time.perf_counter() - start) / n
 
@@ -168,7 +168,7 @@ def peak_mib(make, cfg, width):
     b, n_u = cfg.batch_size, 2 * cfg.n_factors
     batch = [torch.rand(b, 3, 64, 64), torch.rand(b, n_u), torch.rand(b), torch.rand(b, 3, 64, 64)]
     before = status_mib("VmRSS")
-    model, ema, optimizer, _ = build(cfg, make, width)
+    model, ema, optimizer = build(cfg, make, width)
     try:
         train.train_step(cfg, model, ema, optimizer, [v.to(DEVICE) for v in batch], 0)
     except torch.OutOfMemoryError:
@@ -233,8 +233,8 @@ def bench_data(args, data, file_data):
         cfg, name = replace(cfg, steps=10_000), f"{size} step, batch {cfg.batch_size}"
         parts = build(cfg)
         times = in_turn({"step": partial(step_s, cfg, data, parts),
-                         data.name: partial(draw_s, cfg, data, parts[-1]),
-                         "resident .npz": partial(draw_s, cfg, file_data, parts[-1])},
+                         data.name: partial(draw_s, cfg, data),
+                         "resident .npz": partial(draw_s, cfg, file_data)},
                         args.rounds if size == "small" else min(args.rounds, 3))
         step = times.pop("step")
         print_times(name, "draw and step", step, "s")
@@ -246,8 +246,8 @@ def bench_levers(args, data):
     """What each choice gives at the small size, as time relative to the default's."""
     small = replace(Config(), steps=10_000)
     def default_adamw(cfg):
-        model, ema, _, generator = build(cfg)
-        return model, ema, torch.optim.AdamW(model.parameters(), cfg.lr), generator
+        model, ema, _ = build(cfg)
+        return model, ema, torch.optim.AdamW(model.parameters(), cfg.lr)
     def contiguous(cfg):
         parts = build(cfg)
         parts[0].to(memory_format=torch.contiguous_format)
@@ -304,13 +304,12 @@ def denoising_loss(model, batch):
 def curve(args, recipe, data, make):
     """The denoising loss at each of MARKS, trained on the same draws whatever the U-Net is."""
     cfg = config(10, lr=args.lr, schedule="constant", **recipe)
-    held_out = train.draw_batch(config(120), data, torch.Generator(DEVICE).manual_seed(1_000_003))
+    held_out = train.draw_batch(config(120, seed=1_000_003), data, 0)
     width, count = fit(make, cfg, args.params)
-    model, ema, optimizer, generator = build(cfg, make, width)
-    torch.manual_seed(1)                                       # of the noise of z
+    model, ema, optimizer = build(cfg, make, width)
     found = []
     for step in range(args.images // 10):
-        batch = train.draw_batch(cfg, data, generator)
+        batch = train.draw_batch(cfg, data, step)
         train.train_step(cfg, model, ema, optimizer, batch, step)
         if 10 * (step + 1) in MARKS:
             found.append(f"{denoising_loss(model, held_out):.4f}")
