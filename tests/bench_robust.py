@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
 import interpolate  # noqa: E402
 import train  # noqa: E402
+from conftest import same  # noqa: E402
 from idiff import Config, load_checkpoint, load_data, read_checkpoint  # noqa: E402
 
 SMALL = ("--width 1 --unet-width 8 --batch-size 2 --ddpm-images 1 --device cpu --latent-dim 2 "
@@ -44,14 +45,6 @@ def quietly(function, *args):
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return function(*args)
-
-def same(a, b):
-    """Whether two nested dicts and lists of tensors and numbers are equal bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 def same_run(a, b):
     """Whether two run folders hold the same checkpoint and, but for the clock, the same log."""
@@ -291,33 +284,30 @@ class Bench:
             lambda: interpolate.main([str(path), "--steps", "1", "--columns", "2"]),
             lambda: train.main(["--resume", str(path), "--device", "cpu"])])
 
-    def data_file(self, way):
-        path = self.folder / "odd.npz"
+    def spoils(self, path, way, names, key):
+        """Writes a good file of names with odd bytes or sizes, or one with code; or says no."""
         if way == "bytes":
-            name = self.rng.choice(["data.npz", "data.h5"])
-            path.write_bytes(with_odd_bytes(self.good[name], self.rng))
+            path.write_bytes(with_odd_bytes(self.good[self.rng.choice(names)], self.rng))
         elif way == "size":
-            path.write_bytes(self.good["data.npz"])
+            path.write_bytes(self.good[names[0]])
             zip_claiming(path, self.rng)
         elif way == "code":
-            pickle_to({"images": Code(self.trace)}, path)
-        elif self.rng.random() < 0.3:
+            pickle_to({key: Code(self.trace)}, path)
+        return way in ("bytes", "size", "code")
+
+    def data_file(self, way):
+        path = self.folder / "odd.npz"
+        done = self.spoils(path, way, ["data.npz", "data.h5"], "images")
+        if not done and self.rng.random() < 0.3:
             write_h5(path, self.rng)
-        else:
+        elif not done:
             labels = self.rng.choice(["factors", "labels", "latents_classes"])
             write_npz(path, {"images": IMAGES, labels: FACTORS}, self.rng, self.trace)
         return path, lambda: load_data(str(path)).draw(8, torch.Generator())
 
     def codes_file(self, way):
         path = self.folder / "mine.npz"
-        if way == "bytes":
-            path.write_bytes(with_odd_bytes(self.good["codes.npz"], self.rng))
-        elif way == "size":
-            path.write_bytes(self.good["codes.npz"])
-            zip_claiming(path, self.rng)
-        elif way == "code":
-            pickle_to({"codes": Code(self.trace)}, path)
-        else:
+        if not self.spoils(path, way, ["codes.npz"], "codes"):
             write_npz(path, self.codes, self.rng, self.trace)
         return path, lambda: evaluate.main([str(path), "--no-dci", "--fresh"])
 

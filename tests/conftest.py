@@ -52,3 +52,12 @@ def tiny_run(tmp_path_factory, tiny_npz):
     train.main([*TINY, "--data", tiny_npz, "--steps", "4", "--out", str(out)])
     signal.signal(signal.SIGINT, handler)
     return out
+
+
+def same(a, b):
+    """Whether two nested dicts and lists of tensors and numbers are equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

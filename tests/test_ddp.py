@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, same
 from idiff import read_checkpoint
-from test_train import log_of, same
+from test_train import log_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LONG = "--schedule constant --steps".split()

@@ -17,8 +17,8 @@ import torch
 import evaluate
 import interpolate
 import train
-from bench_robust import damage_files, kill_runs, same
-from conftest import TINY
+from bench_robust import damage_files, kill_runs
+from conftest import TINY, same
 from idiff import (Data, IDiff, VPSDE, load_checkpoint, load_data, read_checkpoint,
                    save_checkpoint, time_grid)
 

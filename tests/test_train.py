@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, same
 from idiff import load_checkpoint, read_checkpoint, save_checkpoint
 
 
@@ -46,15 +46,6 @@ def refusal(argv, capsys):
         text = shown[-1]
     assert len(text) > 10 and "\n" not in text
     return text
-
-
-def same(a, b):
-    """Whether two nested dicts and lists of tensors and numbers are equal bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # ---- a run ----
