@@ -143,7 +143,7 @@ def draw_batch(cfg, data, step):
     rows, u = data.draw(cfg.batch_size, generator, cfg.u, cfg.u_scale)
     x, b, device = data.images(rows), cfg.ddpm_images, data.device        # (B, C, H, W)
     t = torch.arange(b, device=device) + torch.rand(b, generator=generator, device=device)
-    eps = torch.empty_like(x[:b]).normal_(generator=generator)            # (b, C, H, W)
+    eps = torch.randn(x[:b].shape, generator=generator, device=device)    # (b, C, H, W)
     x, eps = (h.contiguous(memory_format=torch.channels_last) for h in (x, eps))
     return [whole[RANK::WORLD] for whole in (x, u, (t / b).clamp(min=1e-5), eps)]
 
