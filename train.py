@@ -36,7 +36,7 @@ PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_mean=0.0
 IVAE = ("latent_dim latent categories prior u u_scale width patch image_size image_channels "
         "n_factors").split()
 SPACE = {"kl": (1e-5, 0.1), "rec": (0.01, 5.0), "u": ["var", "mean+var"]}    # the paper's Table 1
-GRID = {"kl": [1e-5, 1e-4, 1e-3, 1e-2, 0.1], "rec": [0.01, 0.1, 1.0, 5.0]}
+GRID = SPACE | {"kl": [1e-5, 1e-4, 1e-3, 1e-2, 0.1], "rec": [0.01, 0.1, 1.0, 5.0]}
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*item)) for item in (     # torchrun sets these
     ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -45,7 +45,7 @@ def build_parser():
         description=__doc__, allow_abbrev=False, usage="python train.py [options]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=110))
     add = parser.add_argument_group("the run").add_argument
-    add("--data", default="shapes3d", help="shapes3d (default), dsprites, or a .h5 or .npz file")
+    add("--data", help="shapes3d (default), dsprites, or a .h5 or .npz file")
     add("--size", choices=SIZES, help="widths, batch, length (default: full on CUDA, else small)")
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
@@ -75,7 +75,8 @@ def pick_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
-        return torch.zeros(1, device=device).cpu() + 1 and device
+        torch.zeros(1, device=device).cpu()                       # the only sure way to know
+        return device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}. "
                          "Try --device cpu.") from None
@@ -288,7 +289,6 @@ def resume(args, device):
         raise ValueError("--resume goes on with the run as it was, without flags that change it.")
     if "optimizer" not in content or not {"data_arg", "size", "method", "frozen"} <= set(info):
         raise ValueError(f"'{args.resume}' holds a model but no training state to resume.")
-    args.data = str(info["data_arg"]) if args.data == "shapes3d" else args.data
     args.freeze_ivae = info["frozen"]
     return content
 
@@ -299,6 +299,7 @@ def prepare(args):
     device = pick_device(args.device)
     content = resume(args, device) if args.resume else None
     args.size = args.size or ("full" if device.type == "cuda" else "small")
+    args.data = args.data or (str(content["info"]["data_arg"]) if content else "shapes3d")
     ivae = load_checkpoint(args.resume or args.freeze_ivae, device) if args.freeze_ivae else None
     data = load_data(args.data, device, lambda rows, **bar: tqdm(rows, disable=RANK > 0, **bar))
     cfg = Config(**content["config"]) if content else make_config(args, data, ivae)
@@ -344,8 +345,7 @@ def search(args):
     if wrong := [k for k, *v in args.over if not v or k not in Config.__annotations__]:
         raise ValueError(f"--over takes a flag without its dashes, and values, got {wrong}.")
     over = {k: [Config.__annotations__[k](v) for v in values] for k, *values in args.over}
-    space = SPACE | (GRID if grid else {}) | over
-    space = {k: v for k, v in space.items() if not hasattr(args, k)}
+    space = {k: v for k, v in ((GRID if grid else SPACE) | over).items() if not hasattr(args, k)}
     os.makedirs(args.out, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     file = optuna.storages.journal.JournalFileBackend(f"{args.out}/study.log")
