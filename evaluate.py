@@ -401,6 +401,7 @@ def draw_factors(r, s):
         y = [a[:, j] for a in (s["factors"], s["draws"]["u_on_draws"][1])]
         ax.hist(y, np.arange(y[0].max() + 2) - 0.5, density=True, label=("grid", "modulated draws"))
         ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
