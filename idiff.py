@@ -5,7 +5,7 @@ An encoder q(z|x) turns an image into latents z; a prior p(z|u) ties each latent
 auxiliary variable u says of the image's generative factors; a decoder p(x|z) and a VP-SDE
 diffusion U-Net, both conditioned on z, turn latents back into images. Read it downwards:
 
-    Config                      every number that changes a result, each a command-line flag
+    Config                      what changes a training's numbers, each a flag of train.py
     Encoder, Prior, Decoder     the iVAE of Khemakhem et al. 2020 (a VAE where u says nothing)
     ScoreUNet                   estimates the noise, v or the image; t and z modulate it
     VPSDE, SAMPLERS, invert     the diffusion process of Song et al. 2021 and its solvers
@@ -84,8 +84,8 @@ class Config:
                     (value in choices if choices else least <= value < below)):
                 raise ValueError(f"{f.name} must be {wanted}, got {value!r}.")
         if self.unet_width % 8 or self.image_size % 16:
-            raise ValueError(f"unet_width must be a multiple of 8, got {self.unet_width}, and "
-                             f"image_size one of 16, got {self.image_size}.")
+            raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}, and "
+                             f"unet_width one of 8, got {self.unet_width}.")
     @property
     def z_dim(self):                     # numbers that decoder and U-Net see of z: D, or D L
         return self.latent_dim * (1 if self.latent == "gaussian" else self.categories)
@@ -159,13 +159,13 @@ class Prior(nn.Module):
     paper's. Source: Khemakhem et al. 2020."""
     def __init__(self, cfg, hidden=64):
         super().__init__()
-        self.cfg, self.kind = cfg, "known" if cfg.model == "vae" else cfg.prior
+        self.cfg, self.kind = cfg, "N(0, 1)" if cfg.model == "vae" else cfg.prior
         self.n_out, k = 2 if cfg.latent == "gaussian" else cfg.categories, 0     # n_out a latent
         if cfg.model != "vae":
             k = cfg.n_factors if self.kind == "full" else min(cfg.n_factors, cfg.latent_dim)
         self.n_seen = k                                                # factors that it is told of
-        if self.kind != "known":
-            groups, n = (1, cfg.latent_dim) if self.kind == "full" else (k, k)   # n latents told
+        if k and self.kind != "known":
+            groups, n = {"full": (1, cfg.latent_dim), "diagonal": (k, k)}[self.kind]  # n told of u
             h, n_in = hidden * max(2, groups), k * (1 if cfg.u == "var" else 2)
             self.net = nn.Sequential(nn.Conv1d(n_in, h, 1, groups=groups), nn.SiLU(),
                                      nn.Conv1d(h, h, 1, groups=groups), nn.SiLU(),
@@ -175,7 +175,7 @@ class Prior(nn.Module):
         u = u.float().unflatten(1, (-1, self.cfg.n_factors))[:, :, :self.n_seen]  # (B, 1 or 2, n)
         mu = torch.zeros_like(u[:, 0]) if self.cfg.u == "var" else u[:, 1]     # (B, n)
         logvar = (1 - u[:, 0]) * math.log(self.cfg.u_scale)            # u = 1 - 2 log s / log scale
-        if self.kind != "known":
+        if self.n_seen and self.kind != "known":
             h = self.net(u.transpose(1, 2).flatten(1).unsqueeze(2)).float()
             h = h.view(len(u), -1, self.n_out)
         elif self.cfg.latent == "gaussian":
@@ -187,7 +187,7 @@ class Prior(nn.Module):
         if self.cfg.latent != "gaussian":
             return h,
         mu, logvar = h.unbind(dim=2)                                   # (B, D) each
-        fixed = self.cfg.u == "var" and self.kind == "diagonal"        # a mean of u would fold z
+        fixed = self.cfg.u == "var" and self.kind != "full"            # else z codes |g| alone
         return torch.zeros_like(mu) if fixed else mu, logvar
 
 # ---- Score U-Net ----
@@ -300,7 +300,7 @@ def check_stochastic(noise, ts):
     """ValueError unless there is noise and ts decreases: only an ODE runs from image to noise."""
     if noise is None or ts[0] < ts[-1]:
         raise ValueError("a stochastic sampler needs noise=seeded_noise(seeds, shape, device) and "
-                         "decreasing ts; ddim, heun and dpmpp need neither.")
+                         "decreasing ts; samplers of an ODE need neither.")
 
 def x0_from_eps(x, eps_hat, t, sde):
     """The clean image that eps_hat implies, E[x_0 | x_t] for the best eps_hat. t: ()."""
@@ -376,8 +376,8 @@ SAMPLERS = {"em": sample_em, "pc": sample_pc, "ddim": sample_ddim, "heun": sampl
             "dpmpp": sample_dpmpp}
 
 def invert(eps_fn, x, ts, sde):
-    """The noise (B, C, H, W) at max(ts) that the probability-flow ODE maps to the images x.
-    ts in either order: sample_dpmpp on the same grid returns to x. Calls eps_fn S times."""
+    """The noise (B, C, H, W) at max(ts) that the probability-flow ODE maps to x; S calls.
+    ts in either order: sample_dpmpp on the same grid returns to x. Others invert by ts.flip(0)."""
     return sample_dpmpp(eps_fn, x, ts.sort().values, sde)
 
 # ---- Losses ----
@@ -627,8 +627,8 @@ def render_shapes3d(size=64, device="cpu"):
     return torch.stack(planes, dim=1).flatten(0, 2).to(device)
 
 class Data:
-    """Images on a device, by row, and the modulated draw of rows and u.
-    sizes: {factor's name: how many values}; images: function rows (B,) -> (B, C, H, W) in [-1, 1];
+    """Images on a device, by row, and the modulated draw of rows and u. sizes: {factor's name: how
+    many values}; images: function rows (B,) -> (B, C, S, S) in [-1, 1], S a multiple of 16;
     factors: (N, K) int64, one row per image, or None for the full factor grid, row-major."""
     def __init__(self, name, sizes, image_shape, images, device, factors=None):
         self.name, self.factor_names, self.factor_sizes = name, tuple(sizes), tuple(sizes.values())
@@ -771,11 +771,11 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
     """The Data of a name ("shapes3d", "dsprites": embedded replicas) or of an .h5 or .npz file.
     Files: the real 3dshapes.h5, the real dSprites .npz, or one's own images (N, H, W, C) uint8 and
     factors (N, K). progress wraps iterables, as tqdm. OSError, ValueError, MemoryError."""
-    device = torch.device(device)
-    if name in ("shapes3d", "dsprites"):
-        return load_shapes3d(device) if name == "shapes3d" else load_dsprites(device)
+    device, known = torch.device(device), {"shapes3d": load_shapes3d, "dsprites": load_dsprites}
+    if name in known:
+        return known[name](device)
     if not os.path.isfile(name):
-        raise FileNotFoundError(f"data not found: '{name}'. Pass shapes3d, dsprites, or the path "
+        raise FileNotFoundError(f"data not found: '{name}'. Pass {', '.join(known)}, or the path "
                                 "of an .h5 or .npz file.")
     try:
         return load_file(name, device, progress)

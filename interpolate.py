@@ -63,7 +63,7 @@ def survey(model, data, seed):
     """2,000 seeded rows (N,), their codes (N, D), and {latent: its name} in the factors' order.
 
     "z3 · scale" if latent 3 matches a factor, else "z3": pairs have the largest sum of mutual
-    information, and each over 10 % of the factor's entropy, where chance gives 2 to 5 %.
+    information, and each over 10 % of the factor's entropy, where chance gives 1 to 5 %.
     """
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:2000]
     rows = rows.to(data.device)

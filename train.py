@@ -86,11 +86,10 @@ def make_config(args, data, ivae):
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     fixed = {"model": "idiff", **{k: getattr(ivae.cfg, k) for k in IVAE}} if ivae else {}
     values = SIZES[args.size] | (PAPER if args.paper else {}) | fixed | given
-    channels, height, width = data.image_shape
-    if height != width:
-        raise ValueError(f"images must be square, got {height} x {width}. Crop or resize them.")
-    cfg = Config(**values | {"image_size": height, "image_channels": channels,
-                             "n_factors": sum(size > 1 for size in data.factor_sizes)})
+    c, h, w = data.image_shape
+    if h != w:
+        raise ValueError(f"images must be square, got {h} x {w}. Crop or resize them.")
+    cfg = Config(**values | dict(image_size=h, image_channels=c, n_factors=len(data.varied)))
     if wrong := [f"{k} {v}" for k, v in fixed.items() if getattr(cfg, k) != v]:
         raise ValueError(f"--freeze-ivae {args.freeze_ivae} needs {', '.join(wrong)}.")
     steps = cfg.steps or max(1, round(cfg.epochs * 480_000 / cfg.batch_size))
@@ -238,7 +237,7 @@ def describe(cfg, data, device, model):
     where = (torch.cuda.get_device_name(device) if device.type == "cuda"
              else f"{device.type}, {torch.get_num_threads()} threads")
     return (f"{where}, ranks {WORLD}, size {info['size']}, method {info['method']}{frozen}: "
-            f"{cfg.model} with {cfg.prior} prior, u {cfg.u}; {data.name}; {millions:.2f} M "
+            f"{cfg.model}, prior {model.prior.kind}, u {cfg.u}; {data.name}; {millions:.2f} M "
             f"parameters; {cfg.steps} steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs")
 
 def provenance(args, data):
@@ -303,7 +302,8 @@ def prepare(args):
     ivae = load_checkpoint(args.resume or args.freeze_ivae, device) if args.freeze_ivae else None
     data = load_data(args.data, device, lambda rows, **bar: tqdm(rows, disable=RANK > 0, **bar))
     cfg = Config(**content["config"]) if content else make_config(args, data, ivae)
-    if (cfg.image_size, cfg.n_factors) != (data.image_shape[1], len(data.varied)):
+    if (*data.image_shape, len(data.varied)) != (
+            cfg.image_channels, cfg.image_size, cfg.image_size, cfg.n_factors):
         raise ValueError(f"'{args.resume}' was trained on other data than '{args.data}'.")
     if any(n % WORLD for n in (cfg.batch_size, cfg.rec_images, cfg.ddpm_images)):
         raise ValueError(f"--batch-size, --rec-images and --ddpm-images: {WORLD} ranks share each "
@@ -313,7 +313,7 @@ def prepare(args):
     parts[0].info = content["info"] if content else provenance(args, data)
     try:
         first_step = restore(content, *parts) if content else 0
-    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except Exception as error:                                        # of torch: many
         raise ValueError(f"'{args.resume}' holds no state to resume from: {error}") from None
     if RANK == 0:
         trim_log(out, first_step, cfg)

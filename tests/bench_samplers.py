@@ -122,7 +122,7 @@ def draw(results, path):
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.4), sharey=True, layout="constrained")
     for ax, (grid, errors) in zip(axes, results.items()):
-        for (label, line), (color, marker, dash) in zip(errors.items(), STYLES):
+        for (label, line), (color, marker, dash) in zip(errors.items(), STYLES, strict=True):
             ax.plot(*zip(*line), dash, marker=marker, color=color, markersize=3.5, linewidth=1.3,
                     label=label)
         ax.set(xscale="log", yscale="log", title=f"time grid {GRIDS[grid]}", ylim=(2e-4, 1),

@@ -12,6 +12,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 import evaluate
 import interpolate
 import train
+from conftest import PRIORS
 from idiff import (Config, IDiff, Prior, kl_categorical, kl_loss, kl_terms, load_checkpoint,
                    sample_latents)
 
@@ -63,7 +64,7 @@ def test_known_prior_of_categories_has_the_ratios_of_the_density_that_u_names():
 
 
 @KINDS
-@pytest.mark.parametrize("prior", ["known", "diagonal", "full"])
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("u", ["var", "mean+var"])
 def test_encoder_and_prior_give_logits_of_one_shape(kind, prior, u):
     model = IDiff(Config(latent=kind, prior=prior, u=u, **SMALL))

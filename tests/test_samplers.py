@@ -231,8 +231,7 @@ def test_inversion_returns_at_50_evaluations():
     assert start.mean().abs() < 0.1 and abs(start.std() - 1) < 0.06     # noise N(0, 1)
 
 
-@pytest.mark.parametrize("name, options", [*STOCHASTIC.items(), ("ddim", {}), ("heun", {}),
-                                           ("dpmpp", {})])
+@pytest.mark.parametrize("name, options", [("ddim", {"eta": 1.0}), *((n, {}) for n in SAMPLERS)])
 def test_sample_does_not_depend_on_its_batch(name, options):
     def run(seeds):
         noise = seeded_noise(seeds, (3, 8, 8), "cpu")

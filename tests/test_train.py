@@ -406,3 +406,12 @@ def test_in_a_terminal_an_error_is_one_line_and_a_status(tmp_path):
                           text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "no_such.h5" in done.stderr
+
+
+def test_resume_with_images_of_other_channels_says_so(tmp_path, tiny_npz):
+    train.main([*TINY, "--data", str(tiny_npz), "--steps", "1", "--out", str(tmp_path / "run")])
+    with np.load(tiny_npz) as arrays:
+        np.savez(tmp_path / "grey.npz", images=arrays["images"][..., :1], factors=arrays["factors"])
+    with pytest.raises(SystemExit, match="was trained on other data than"):
+        train.main(["--resume", str(tmp_path / "run" / "ckpt.pt"), "--data",
+                    str(tmp_path / "grey.npz"), "--device", "cpu"])
