@@ -400,8 +400,7 @@ def draw_factors(r, s):
     for j, ax in enumerate(axes):
         y = [a[:, j] for a in (s["factors"], s["draws"]["u_on_draws"][1])]
         ax.hist(y, np.arange(y[0].max() + 2) - 0.5, density=True, label=("grid", "modulated draws"))
-        ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share", xticks=np.unique(y[0])[::2])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
@@ -430,9 +429,10 @@ def write_tables(results):
         for name, group in columns.items():
             form = "{:.2f} ± {:.2f} / {:.2f}" if len(group) > 1 else "{:.2f}"
             v = np.array([[r["metrics"][m] for r in group] for m in FOUR], float)
-            texts = [form.format(row.mean(), row.std(ddof=len(row) > 1), row.max()) for row in v]
+            texts = ["-" if np.isnan(row).any() else form.format(
+                row.mean(), row.std(ddof=len(row) > 1), row.max()) for row in v]
             rows += [[f"{name}, n = {len(group)}", *texts], ["paper", *PAPER[name].split(", ")]]
-        text += f"{title}\n\n{table(rows).replace('nan', '-')}\n"
+        text += f"{title}\n\n{table(rows)}\n"
     folder = os.path.commonpath([Path(r["file"]).resolve().parent for r in results])
     Path(folder, "tables.md").write_text(text)
     print(text)
