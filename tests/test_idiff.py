@@ -271,8 +271,9 @@ def stub(predict="eps", weight="eps", unet=lambda x_t, t, z, x_hat: 0 * x_t, dec
     def encoder(x):
         mu = x.mean(dim=(1, 2, 3))[:, None].repeat(1, 3)
         return mu, torch.full_like(mu, -60.0)
-    return SimpleNamespace(cfg=Config(predict=predict, weight=weight, **SMALL), sde=VPSDE(), temperature=1.0,
-                           encoder=encoder, prior=lambda u: (u, torch.zeros_like(u)), unet=unet,
+    return SimpleNamespace(cfg=Config(predict=predict, weight=weight, **SMALL), sde=VPSDE(),
+                           temperature=1.0, encoder=encoder, unet=unet,
+                           prior=lambda u: (u, torch.zeros_like(u)),
                            decoder=decoder or (lambda z: torch.zeros(len(z), 3, 16, 16)))
 
 
@@ -421,7 +422,7 @@ def test_u_makes_the_latents_of_an_ivae_the_factors_and_a_shuffled_u_collapses_t
     assert codes.std(axis=0).min() > 0.5
     for latent in range(2):                                            # and not its negative
         assert np.corrcoef(codes[:, latent], factors[:, latent])[0, 1] > 0.9
-    assert train_ivae(shuffle=True)[0].std(axis=0).max() < 0.1         # z has learned to say nothing
+    assert train_ivae(shuffle=True)[0].std(axis=0).max() < 0.1         # z says nothing
 
 
 # ---- checkpoints ----
