@@ -157,18 +157,18 @@ def average(tensors):
     return tensors
 
 def train_step(cfg, model, ema, optimizer, batch, step):
-    """One optimiser step on Eq. 2 (and kl_mean); returns the terms and the gradient's norm."""
+    """One optimiser step on Eq. 2 (and kl_mean); returns terms of any weight and gradient norm."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
     model.temperature = 0.3 ** (step / cfg.steps)         # from 1 down to 0.3, for --latent gumbel
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
         terms = losses(model, *batch)
-    kl = terms["kl"] + cfg.kl_reverse * terms["kl_reverse"]
-    loss = (terms.get("ddpm", 0) + cfg.rec * terms["rec"] + kl_weight(cfg, step) * kl
-            + cfg.kl_mean * terms["kl_mean"])
+    weights = {"ddpm": 1, "rec": cfg.rec, "kl": (kl := kl_weight(cfg, step)),
+               "kl_reverse": kl * cfg.kl_reverse, "kl_mean": cfg.kl_mean}
+    loss = sum((w * terms[k] for k, w in weights.items() if w and k in terms), 0 * terms["rec"])
     optimizer.zero_grad()
     loss.backward()
-    terms = {name: term.detach() for name, term in terms.items()}
+    terms = {k: term.detach() for k, term in terms.items() if weights[k]}   # others may overflow
     average([p.grad for p in model.parameters() if p.grad is not None] + list(terms.values()))
     norm = clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
@@ -254,7 +254,7 @@ def draw(out, model, data, n=10):
     """losses.png: each term by step. samples.png: images, redrawn by decoder and diffusion."""
     from matplotlib.figure import Figure
     records = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
-    records = [r for r in records if "rec" in r]
+    records = [r for r in records if "step" in r]
     figure = Figure((11, 2.8), layout="constrained")
     for axis, name in zip(figure.subplots(1, 3), ("rec", "kl", "ddpm")):
         axis.plot(*zip(*((r["step"], r[name]) for r in records if name in r)), lw=0.8)

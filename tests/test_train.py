@@ -415,3 +415,16 @@ def test_resume_with_images_of_other_channels_says_so(tmp_path, tiny_npz):
     with pytest.raises(SystemExit, match="was trained on other data than"):
         train.main(["--resume", str(tmp_path / "run" / "ckpt.pt"), "--data",
                     str(tmp_path / "grey.npz"), "--device", "cpu"])
+
+
+def test_a_term_of_no_weight_may_overflow(tmp_path, tiny_npz, monkeypatch):
+    def overflowing(model, *batch, **named):
+        terms = train_losses(model, *batch, **named)
+        return {**terms, "kl_reverse": terms["kl_reverse"] * math.inf}
+    train_losses = train.losses
+    monkeypatch.setattr(train, "losses", overflowing)
+    argv = [*TINY, "--data", str(tiny_npz), "--steps", "3", "--model", "ivae"]
+    train.main([*argv, "--out", str(tmp_path / "run")])
+    assert all("rec" in r and "kl_reverse" not in r for r in steps_of(tmp_path / "run"))
+    with pytest.raises(SystemExit, match="not finite"):
+        train.main([*argv, "--kl-reverse", "1", "--out", str(tmp_path / "other")])
