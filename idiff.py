@@ -18,6 +18,7 @@ reconstruction losses are means over batch, channels and pixels; KL is a sum ove
 over the batch. Shape letters: B batch, C image channels, H W pixels, F features, D latents, U
 entries of u, E embedding, K factors, N images, S sampler steps. Images lie in [-1, 1].
 """
+import json
 import math
 import os
 import zipfile
@@ -159,10 +160,9 @@ class Prior(nn.Module):
     paper's. Source: Khemakhem et al. 2020."""
     def __init__(self, cfg, hidden=64):
         super().__init__()
-        self.cfg, self.kind = cfg, "N(0, 1)" if cfg.model == "vae" else cfg.prior
-        self.n_out, k = 2 if cfg.latent == "gaussian" else cfg.categories, 0     # n_out a latent
-        if cfg.model != "vae":
-            k = cfg.n_factors if self.kind == "full" else min(cfg.n_factors, cfg.latent_dim)
+        self.cfg, self.kind = cfg, "N(0,1)" if cfg.model == "vae" else cfg.prior
+        self.n_out = 2 if cfg.latent == "gaussian" else cfg.categories           # a latent
+        k = {"N(0,1)": 0, "full": cfg.n_factors}.get(self.kind, min(cfg.n_factors, cfg.latent_dim))
         self.n_seen = k                                                # factors that it is told of
         if k and self.kind != "known":
             groups, n = {"full": (1, cfg.latent_dim), "diagonal": (k, k)}[self.kind]  # n told of u
@@ -520,7 +520,7 @@ def read_checkpoint(path, device="cpu"):
     try:
         check_memory(sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()))
         content = torch.load(path, map_location=device, weights_only=True)   # runs no code
-        if content["format"] != CHECKPOINT_FORMAT or not isinstance(content["info"], dict):
+        if content["format"] != CHECKPOINT_FORMAT or json.dumps(content["info"])[0] != "{":
             raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}")
         with torch.device("meta"):                                     # takes no memory
             wanted = IDiff(Config(**content["config"])).state_dict()

@@ -359,7 +359,8 @@ def outcome(path, action, trace):
         text = "loaded"
     except (SystemExit, ValueError, OSError, MemoryError) as error:
         line, name = str(error), type(error).__name__
-        good = "\n" not in line and (path.name in line or path.parent.name in line) and line != "2"
+        good = "\n" not in line and line != "2" and any(
+            name in line for name in (path.name, path.parent.name, "data not found"))
         text = name if good else f"BAD {name}: {line[:300]!r}"
     except BaseException as error:
         last = error.__traceback__

@@ -92,7 +92,8 @@ def test_damaged_files_run_no_code_and_give_one_line(tmp_path):
 
 @pytest.mark.parametrize("entries, words", [
     (dict(format=1), "format is 1"), (dict(config=3), "ckpt.pt"), (dict(info=None), "ckpt.pt"),
-    (dict(format=torch.ones(2)), "ckpt.pt"), (dict(info={}), "ckpt.pt")])
+    (dict(format=torch.ones(2)), "ckpt.pt"), (dict(info={}), "ckpt.pt"),
+    (dict(info={"data_arg": torch.ones(2)}), "ckpt.pt")])
 def test_every_script_refuses_a_foreign_checkpoint_in_one_line(run, entries, words):
     path = change(run, **entries)
     assert words in refusal(evaluate.main, [path, "--fresh"])
