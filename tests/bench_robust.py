@@ -68,6 +68,12 @@ def start(argv):
     process.start()
     return process
 
+def go_on(out, argv):
+    """The process of argv's training in out, from its checkpoint if there is one."""
+    path = out / "ckpt.pt"
+    return start(["--resume", str(path), "--device", "cpu", *SMALL[-4:]] if path.exists()
+                 else [*argv, "--out", str(out)])
+
 def wait(process, log, rng):
     """Until a random moment: some lines of the log later, and somewhere between two of them."""
     lines, pause, since = rng.choice([0, 2, 2, 3, 4, 5]), 0.5, time.time()
@@ -82,11 +88,9 @@ def killed(out, argv, rng, n_kills):
     """Train into out under kill -9 at random moments, then to the end; counts what was hit."""
     found = Counter()
     while found["kills"] < n_kills:
-        resumed = (out / "ckpt.pt").exists()
-        if not resumed:
+        if not (out / "ckpt.pt").exists():
             shutil.rmtree(out, ignore_errors=True)      # nothing was saved: begin again
-        process = start(["--resume", str(out / "ckpt.pt"), "--device", "cpu", *SMALL[-4:]]
-                        if resumed else [*argv, "--out", str(out)])
+        process = go_on(out, argv)
         wait(process, out / "log.jsonl", rng)
         if process.exitcode is not None:
             break                                       # it had ended
@@ -94,8 +98,7 @@ def killed(out, argv, rng, n_kills):
         process.join()
         found += Counter({"kills": 1, "before the first checkpoint": not (out / "ckpt.pt").exists(),
                           "while writing one": (out / "ckpt.pt.partial").exists()})
-    process = start(["--resume", str(out / "ckpt.pt"), "--device", "cpu", *SMALL[-4:]]
-                    if (out / "ckpt.pt").exists() else [*argv, "--out", str(out)])
+    process = go_on(out, argv)
     process.join()
     found["exit status not 0"] += process.exitcode != 0
     return found
