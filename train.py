@@ -9,7 +9,6 @@ import atexit
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -246,7 +245,7 @@ def provenance(args, data):
                             capture_output=True, cwd=os.path.dirname(__file__)).stdout.strip()
     return {"data": data.name, "data_arg": args.data, "size": args.size, "frozen": args.freeze_ivae,
             "method": "paper" if args.paper else "recipe", "commit": commit or "unknown",
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
                          "numpy": np.__version__}}
 
 @torch.no_grad()
@@ -410,6 +409,7 @@ def main(argv=None):
             dist.init_process_group()                             # gloo on CPUs, nccl on GPUs
             atexit.register(dist.destroy_process_group)
         search(args) if args.search else run(args)
+        average([torch.zeros(1)])           # all ranks end together: one that leaves early aborts
     except (KeyboardInterrupt, ImportError, ValueError, OSError, MemoryError,
             torch.OutOfMemoryError) as error:
         time.sleep(10 if RANK else 0)       # torchrun ends us before if rank 0 met it too
