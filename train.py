@@ -5,7 +5,6 @@
     python train.py --paper --out runs/paper       # the paper's method at the same size
 """
 import argparse
-import atexit
 import json
 import math
 import os
@@ -211,7 +210,7 @@ def train(cfg, data, out, args, parts, first_step):
             if saving and RANK == 0:
                 save_checkpoint(path, model, ema.module, config=asdict(cfg), step=done,
                                 n_averaged=ema.n_averaged, optimizer=optimizer.state_dict())
-            if stopping:
+            if stopping and average([torch.zeros(1)]):            # rank 0 has saved: all end
                 sys.exit(0 if RANK else f"saved. Go on with: python train.py --resume {path}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -407,9 +406,10 @@ def main(argv=None):
     try:
         if WORLD > 1:
             dist.init_process_group()                             # gloo on CPUs, nccl on GPUs
-            atexit.register(dist.destroy_process_group)
         search(args) if args.search else run(args)
-        average([torch.zeros(1)])           # all ranks end together: one that leaves early aborts
+        if WORLD > 1 and average([torch.zeros(1)]):               # all ranks end together
+            sys.stdout.flush()
+            os._exit(0)             # at once: gloo's threads now and then abort Python's own exit
     except (KeyboardInterrupt, ImportError, ValueError, OSError, MemoryError,
             torch.OutOfMemoryError) as error:
         time.sleep(10 if RANK else 0)       # torchrun ends us before if rank 0 met it too
