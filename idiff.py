@@ -81,8 +81,8 @@ class Config:
         for f in fields(self):
             value, (_, choices, least, below) = getattr(self, f.name), f.metadata.values()
             wanted = f"one of {choices}" if choices else f"{f.type.__name__} in [{least}, {below})"
-            if not (type(value) in {float: (int, float)}.get(f.type, (f.type,)) and
-                    (value in choices if choices else least <= value < below)):
+            if type(value) not in ((int, float) if f.type is float else (f.type,)) or not (
+                    value in choices if choices else least <= value < below):
                 raise ValueError(f"{f.name} must be {wanted}, got {value!r}.")
         if self.unet_width % 8 or self.image_size % 16:
             raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}, and "
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         for i in range(cfg.halvings):
             layers += [nn.Conv2d(2 * w if i else w, 2 * w, 3, 2, 1), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * w * side**2, 256), nn.SiLU(),
-                                 nn.Linear(256, max(2 * cfg.latent_dim, cfg.z_dim)))
+                                 nn.Linear(256, max(2 * cfg.latent_dim, cfg.z_dim)))  # L >= 2
 
     def forward(self, x):
         h, d = self.net(x).float(), self.cfg.latent_dim                # h: (B, 2 D) or (B, D L)
@@ -121,7 +121,7 @@ def fourier(z):
 
 class Head(nn.Module):
     """Features (B, F, H / patch, W / patch), emb (B, E) and extra channels -> (B, C, H, W).
-    Emb sets the weights that mix full-resolution channels: a colour multiplies a shading."""
+    emb sets the weights that mix full-resolution channels: a colour multiplies a shading."""
     def __init__(self, c_in, c_extra, c_out, c_emb, patch):
         super().__init__()
         self.patch, self.conv = patch, nn.Conv2d(c_in, 8 * patch**2, 3, padding=1)
@@ -135,7 +135,7 @@ class Head(nn.Module):
         return torch.bmm(weight, h.flatten(2)).unflatten(2, h.shape[2:]).float()
 
 class Decoder(nn.Module):
-    """p(x|z): (B, D) -> reconstruction (B, C, H, W)."""
+    """p(x|z): z (B, D), or one-hot codes (B, D L), -> reconstruction (B, C, H, W)."""
     def __init__(self, cfg):
         super().__init__()
         w, side = cfg.width, cfg.image_size // 16
@@ -161,11 +161,11 @@ class Prior(nn.Module):
     def __init__(self, cfg, hidden=64):
         super().__init__()
         self.cfg, self.kind = cfg, "N(0,1)" if cfg.model == "vae" else cfg.prior
-        self.n_out = 2 if cfg.latent == "gaussian" else cfg.categories           # a latent
+        self.n_out = 2 if cfg.latent == "gaussian" else cfg.categories # numbers per latent
         k = {"N(0,1)": 0, "full": cfg.n_factors}.get(self.kind, min(cfg.n_factors, cfg.latent_dim))
-        self.n_seen = k                                                # factors that it is told of
-        if k and self.kind != "known":
-            groups, n = {"full": (1, cfg.latent_dim), "diagonal": (k, k)}[self.kind]  # n told of u
+        self.n_seen, self.learned = k, self.kind not in ("N(0,1)", "known")   # sees k factors of u
+        if self.learned:                                               # networks, latents they tell
+            groups, n = {"full": (1, cfg.latent_dim), "diagonal": (k, k)}[self.kind]
             h, n_in = hidden * max(2, groups), k * (1 if cfg.u == "var" else 2)
             self.net = nn.Sequential(nn.Conv1d(n_in, h, 1, groups=groups), nn.SiLU(),
                                      nn.Conv1d(h, h, 1, groups=groups), nn.SiLU(),
@@ -173,11 +173,11 @@ class Prior(nn.Module):
 
     def forward(self, u):
         u = u.float().unflatten(1, (-1, self.cfg.n_factors))[:, :, :self.n_seen]  # (B, 1 or 2, n)
-        mu = torch.zeros_like(u[:, 0]) if self.cfg.u == "var" else u[:, 1]     # (B, n)
-        logvar = (1 - u[:, 0]) * math.log(self.cfg.u_scale)            # u = 1 - 2 log s / log scale
-        if self.n_seen and self.kind != "known":
-            h = self.net(u.transpose(1, 2).flatten(1).unsqueeze(2)).float()
-            h = h.view(len(u), -1, self.n_out)
+        mu = torch.zeros_like(u[:, 0]) if self.cfg.u == "var" else u[:, 1]     # m: (B, n)
+        logvar = (1 - u[:, 0]) * math.log(self.cfg.u_scale)            # 2 log s, see Data.draw
+        if self.learned:                                               # u sorted by factor, as the
+            h = self.net(u.transpose(1, 2).flatten(1).unsqueeze(2))    # groups are: (B, n n_out, 1)
+            h = h.float().view(len(u), -1, self.n_out)
         elif self.cfg.latent == "gaussian":
             h = torch.stack([mu, logvar], dim=2)
         else:
@@ -187,7 +187,7 @@ class Prior(nn.Module):
         if self.cfg.latent != "gaussian":
             return h,
         mu, logvar = h.unbind(dim=2)                                   # (B, D) each
-        fixed = self.cfg.u == "var" and self.kind != "full"            # else z codes |g| alone
+        fixed = self.cfg.u == "var" and self.kind != "full"            # or z_i learns |g_i| alone
         return torch.zeros_like(mu) if fixed else mu, logvar
 
 # ---- Score U-Net ----
@@ -228,8 +228,8 @@ class ScoreUNet(nn.Module):
             self.halve.append(nn.Conv2d(w, w_next, 3, 2, 1))
             self.grow.insert(0, nn.Conv2d(w_next, w, 3, padding=1))
             self.up.insert(0, ResBlock(2 * w, w, c_emb))
-        self.middle = nn.ModuleList(ResBlock(w_next, w_next, c_emb) for _ in range(2))
-        self.start = nn.Linear(c_emb, w_next * (cfg.image_size // 16)**2)   # a coarse picture of z
+        self.middle = nn.ModuleList(ResBlock(widths[-1], widths[-1], c_emb) for _ in range(2))
+        self.start = nn.Linear(c_emb, widths[-1] * (cfg.image_size // 16)**2)  # coarse picture of z
         self.norm, self.head = nn.GroupNorm(8, f), Head(f, c_seen, c, c_emb, cfg.patch)
 
     def forward(self, x_t, t, z, x_hat):
@@ -295,7 +295,7 @@ def seeded_noise(seeds, shape, device):
     generators = [torch.Generator().manual_seed(s) for s in seeds]   # CPU: same on any device
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-# Samplers take x (B, C, H, W) from ts[0] to ts[-1]; eps_fn(x, t) has t (B,); noise() the next draw.
+# Samplers take x (B, C, H, W) along ts (S + 1,); eps_fn(x, t) has t (B,); noise(): the next draw.
 def check_stochastic(noise, ts):
     """ValueError unless there is noise and ts decreases: only an ODE runs from image to noise."""
     if noise is None or ts[0] < ts[-1]:
@@ -408,13 +408,14 @@ def sample_latents(q, kind, temperature):
 
 def kl_terms(cfg, q, p):
     """The terms of KL, a dict, from what encoder and prior return; see losses."""
-    q, p = ([share * h + (1 - share) * h.detach() for h in side]       # scales gradients alone
-            for side, share in ((q, 2 - 2 * cfg.kl_balance), (p, 2 * cfg.kl_balance)))
-    kl, moments_of = (kl_loss, lambda *h: h) if cfg.latent == "gaussian" else (
-        kl_categorical, moments)
-    (mu_q, _), (mu_p, logvar_p) = moments_of(*q), moments_of(*p)
+    def scaled(side, share):                                           # the gradient alone
+        return [share * h + (1 - share) * h.detach() for h in side]
+    q, p = scaled(q, 2 - 2 * cfg.kl_balance), scaled(p, 2 * cfg.kl_balance)
+    gaussian = cfg.latent == "gaussian"
+    (mu_q, _), (mu_p, logvar_p) = (q, p) if gaussian else (moments(*q), moments(*p))
+    kl = kl_loss if gaussian else kl_categorical
     return {"kl": kl(*q, *p), "kl_reverse": kl(*p, *q),
-            "kl_mean": kl_loss(mu_q, logvar_p, mu_p, logvar_p)}
+            "kl_mean": kl_loss(mu_q, logvar_p, mu_p, logvar_p)}        # the part that means make
 
 def losses(model, x, u, t, eps):
     """The terms of Eq. 2, unweighted, as a dict of float32 scalars: ddpm, rec, kl, and two more.
@@ -423,20 +424,19 @@ def losses(model, x, u, t, eps):
     lambda(t) = sigma^2) is the mean squared error of the noise estimate, or of what cfg.weight
     names; without a U-Net or without t there is no such term. "kl_mean" is the part of KL that
     means make, half the sum of (mu_q - mu_p)^2 / var_p; "kl_reverse" is KL(p || q)."""
+    cfg, b, r = model.cfg, len(t), model.cfg.rec_images or len(x)
     q = model.encoder(x)
-    z = sample_latents(q, model.cfg.latent, model.temperature)         # (B, D) or (B, D L)
-    r = model.cfg.rec_images or len(x)
-    x_hat = model.decoder(z[:max(r, len(t))])                          # (max(r, b), C, H, W)
-    terms = {"rec": (x_hat[:r] - x[:r]).square().mean(),
-             **kl_terms(model.cfg, q, model.prior(u))}
-    if model.unet is not None and len(t):
-        x, b, predict, weight = x[:len(t)], len(t), model.cfg.predict, model.cfg.weight
+    z = sample_latents(q, cfg.latent, model.temperature)               # (B, D) or (B, D L)
+    x_hat = model.decoder(z[:max(r, b)])                               # (max(r, b), C, H, W)
+    terms = {"rec": (x_hat[:r] - x[:r]).square().mean(), **kl_terms(cfg, q, model.prior(u))}
+    if model.unet is not None and b:
+        x = x[:b]
         alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (model.sde.alpha, model.sde.sigma))
-        target = {"eps": eps, "v": alpha * eps - sigma * x, "x": x}[predict]
+        target = {"eps": eps, "v": alpha * eps - sigma * x, "x": x}[cfg.predict]
         x_t = model.sde.add_noise(x, eps, t)
         error = model.unet(x_t, t, z[:b], x_hat[:b].detach()) - target  # (b, C, H, W)
-        of_x = {"eps": sigma / alpha, "v": sigma, "x": sigma / sigma}  # of error
-        terms["ddpm"] = (error * (of_x[predict] / of_x[weight])).square().mean()
+        to_x = {"eps": sigma / alpha, "v": sigma, "x": sigma / sigma}  # what an error costs x
+        terms["ddpm"] = (error * (to_x[cfg.predict] / to_x[cfg.weight])).square().mean()
     return terms
 
 # ---- The model and its checkpoint ----
@@ -643,7 +643,7 @@ class Data:
         self.exists = value < self.sizes[:, None]                      # (K, V)
         if factors is not None:
             self.table = factors.to(device)
-            self.codes, self.order = (self.table * self.strides).sum(1).sort()
+            self.numbers, self.order = (self.table * self.strides).sum(1).sort()   # on the grid
 
     def __len__(self):
         return math.prod(self.factor_sizes) if self.table is None else len(self.table)
@@ -656,29 +656,29 @@ class Data:
     def draw(self, n, generator, u="mean+var", u_scale=0.3):
         """Rows (n,) of one modulated draw, and u (n, U).
         Each draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, 0 or, with
-        "mean+var", uniform in [-1, 1]. A value g, of the factor's grid over [-1, 1], has
-        probability ∝ exp(-((g - m) / s)^2 / 2). u: log s scaled to [-1, 1], then any m."""
-        noise = torch.rand(2, n, len(self.sizes), generator=generator, device=self.device)
-        unit, log_s = 2 * noise - 1, noise[0] * math.log(u_scale)
-        m = unit[1] if u == "mean+var" else torch.zeros_like(unit[1])  # (n, K)
+        "mean+var", uniform in [-1, 1]. A value g of the grid has probability ∝ exp(-((g - m) / s)^2
+        / 2), in a grid with gaps among the values still left. u: log s scaled to [-1, 1], any m."""
+        a, b = torch.rand(2, n, len(self.sizes), generator=generator, device=self.device)
+        log_s = a * math.log(u_scale)                                  # (n, K)
+        m = 2 * b - 1 if u == "mean+var" else torch.zeros_like(b)
         logits = -0.5 * ((self.grid - m[:, :, None]) / log_s.exp()[:, :, None]).square()
         gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
         rows = self._pick((logits + gumbel).masked_fill(~self.exists, -math.inf), generator)
-        entries = [-unit[0], m] if u == "mean+var" else [-unit[0]]
+        entries = [1 - 2 * a, m] if u == "mean+var" else [1 - 2 * a]
         return rows, torch.cat([entry[:, self.varied] for entry in entries], dim=1)
 
     def _pick(self, scores, generator):
-        """Rows (n,) by the highest score (n, K, V) of each factor in turn, of rows that exist."""
+        """Rows (n,): each factor in turn takes its highest score (n, K, V) among rows left."""
         if self.table is None:
             return (scores.argmax(2) * self.strides).sum(1)
-        low = torch.zeros(len(scores), dtype=torch.int64, device=self.device)  # codes so far
+        low = torch.zeros(len(scores), dtype=torch.int64, device=self.device)
         for k, size in enumerate(self.factor_sizes):
             edges = low[:, None] + self.strides[k] * torch.arange(size + 1, device=self.device)
-            index = torch.searchsorted(self.codes, edges)              # (n, size + 1)
+            index = torch.searchsorted(self.numbers, edges)            # (n, size + 1)
             exists = index.diff(dim=1) > 0
             value = scores[:, k, :size].masked_fill(~exists, -math.inf).argmax(1)
-            low = low + value * self.strides[k]
-        first, last = (torch.searchsorted(self.codes, low + i) for i in (0, 1))
+            low = low + value * self.strides[k]        # numbers in [low, low + stride) are left
+        first, last = (torch.searchsorted(self.numbers, low + i) for i in (0, 1))
         step = torch.rand(len(low), generator=generator, device=self.device) * (last - first)
         return self.order[(first + step.long()).minimum(last - 1)]
 

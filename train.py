@@ -30,7 +30,8 @@ SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, batch_size=128, rec_images=0,
                       ddpm_images=0, epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
 PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_mean=0.0, predict="eps",
-             condition="z", weight="eps", batch_size=32, rec_images=0, lr=2e-4, schedule="constant")
+             condition="z", weight="eps", batch_size=32, rec_images=0, ddpm_images=0, lr=2e-4,
+             schedule="constant")
 IVAE = ("latent_dim latent categories prior u u_scale width patch image_size image_channels "
         "n_factors").split()
 SPACE = {"kl": (1e-5, 0.1), "rec": (0.01, 5.0), "u": ["var", "mean+var"]}    # the paper's Table 1
@@ -155,18 +156,18 @@ def average(tensors):
     return tensors
 
 def train_step(cfg, model, ema, optimizer, batch, step):
-    """One optimiser step on Eq. 2 (and kl_mean); returns terms of any weight and gradient norm."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, step)
+    """One optimiser step on Eq. 2 (and kl_mean); returns weighed terms, gradient norm."""
+    optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
     model.temperature = 0.3 ** (step / cfg.steps)         # from 1 down to 0.3, for --latent gumbel
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
         terms = losses(model, *batch)
-    weights = {"ddpm": 1, "rec": cfg.rec, "kl": (kl := kl_weight(cfg, step)),
-               "kl_reverse": kl * cfg.kl_reverse, "kl_mean": cfg.kl_mean}
+    kl = kl_weight(cfg, step)
+    weights = {"ddpm": 1, "rec": cfg.rec, "kl": kl, "kl_reverse": kl * cfg.kl_reverse,
+               "kl_mean": cfg.kl_mean}                    # never annealed
     loss = sum((w * terms[k] for k, w in weights.items() if w and k in terms), 0 * terms["rec"])
     optimizer.zero_grad()
     loss.backward()
-    terms = {k: term.detach() for k, term in terms.items() if weights[k]}   # others may overflow
+    terms = {k: term.detach() for k, term in terms.items() if weights[k]}   # others may be inf
     average([p.grad for p in model.parameters() if p.grad is not None] + list(terms.values()))
     norm = clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
@@ -251,10 +252,9 @@ def provenance(args, data):
 def draw(out, model, data, n=10):
     """losses.png: each term by step. samples.png: images, redrawn by decoder and diffusion."""
     from matplotlib.figure import Figure
-    records = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
-    records = [r for r in records if "step" in r]
-    figure = Figure((11, 2.8), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 3), ("rec", "kl", "ddpm")):
+    records = list(map(json.loads, Path(out, "log.jsonl").read_text().splitlines()))
+    figure = Figure((13, 2.8), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 4), ("ddpm", "rec", "kl", "kl_mean")):
         axis.plot(*zip(*((r["step"], r[name]) for r in records if name in r)), lw=0.8)
         axis.set(title=name, xlabel="step", yscale="log")
     figure.savefig(os.path.join(out, "losses.png"), dpi=150)
