@@ -42,7 +42,7 @@ def build_parser():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, devices = parser.add_argument, ["cuda"] * torch.cuda.is_available() + ["cpu"]
     add("paths", nargs="+", type=Path, help="checkpoints of train.py")
-    add("--n", type=int, default=N_DCI, help="images to encode; 10,000 of 15,000 for all but DCI")
+    add("--n", type=int, default=N_DCI, help="images to encode; MIG, MCC, modularity take 10,000")
     add("--generate", type=int, default=0, metavar="N", help="images to generate and to judge")
     add("--no-dci", action="store_true", help="skip DCI, which takes minutes")
     add("--seed", type=int, default=0, help="seed of rows, samples and trees")
@@ -328,8 +328,8 @@ def measure(s, args):
 
 def report(path, args):
     """The report of one file, a dict: from its metrics.json if nothing changed, or computed."""
-    target = path.with_name("metrics.json")
-    key = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "n": args.n, "seed": args.seed,
+    target, content = path.with_name("metrics.json"), path.read_bytes() if path.is_file() else b""
+    key = {"sha256": hashlib.sha256(content).hexdigest(), "n": args.n, "seed": args.seed,
            "dci": not args.no_dci, "data": args.data, "generate": args.generate}
     with suppress(Exception), redirect_stdout(None):     # none yet, or too damaged to be shown
         print_report(stored := json.loads(target.read_text()) | {"file": str(path)})
@@ -434,8 +434,8 @@ def write_tables(results):
             rows += [[f"{name}, n = {len(group)}", *texts], ["paper", *PAPER[name].split(", ")]]
         text += f"{title}\n\n{table(rows)}\n"
     folder = os.path.commonpath([Path(r["file"]).resolve().parent for r in results])
+    print(text, flush=True)
     Path(folder, "tables.md").write_text(text)
-    print(text)
 
 def main(argv=None):
     args = build_parser().parse_args(argv)

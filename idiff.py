@@ -55,7 +55,7 @@ class Config:
     kl_mean: float = option(5e-2, "further weight of KL's mean term, which ties mu_q to mu_p")
     kl_balance: float = option(0.5, "share of KL's gradient that goes to p(z|u)", below=1)
     kl_reverse: float = option(0.0, "weight of KL(p(z|u) || q(z|x)), as a multiple of KL's own")
-    kl_start: float = option(0.0, "KL weight at step 0, from which it falls to --kl; 0 for none")
+    kl_start: float = option(0.0, "KL weight at step 0, if above --kl > 0, to which it falls")
     predict: str = option("x", "U-Net's output; v is alpha eps - sigma x", ("eps", "v", "x"))
     condition: str = option("z+decoder", "U-Net sees z, or its image too", ("z", "z+decoder"))
     weight: str = option("x", "whose squared error is the loss; eps in Eq. 3", ("eps", "v", "x"))
@@ -63,13 +63,13 @@ class Config:
     unet_width: int = option(32, "channels of the U-Net, finest level", least=8)
     patch: int = option(4, "side in pixels of the space-to-depth stem", (1, 2, 4))
     batch_size: int = option(64, "images per step", least=1)
-    rec_images: int = option(32, "images of each batch that the decoder sees, 0 for all")
+    rec_images: int = option(32, "images of each batch in the decoder's loss, 0 for all")
     ddpm_images: int = option(24, "images of each batch that the U-Net sees, 0 for all")
     epochs: float = option(0.4, "length in epochs of 480,000 draws")
     steps: int = option(0, "length in optimiser steps, 0 for what --epochs says")
     lr: float = option(2e-3, "peak learning rate of AdamW")
     schedule: str = option("cosine", "learning rate after warm-up", ("constant", "cosine"))
-    clip: float = option(1.0, "largest norm of the gradient")
+    clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
     ema: float = option(0.998, "decay per step of the averaged weights", below=1)
     precision: str = option("float32", "arithmetic", ("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, data and noise", below=2**62)
@@ -199,7 +199,7 @@ class ResBlock(nn.Module):
         self.mod = nn.Linear(c_emb, 2 * c_out)
         self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)                              # a block starts as its skip
+        nn.init.zeros_(self.conv2.weight)                              # starts near its skip
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))                          # (B, F, H, W)
@@ -435,7 +435,7 @@ def losses(model, x, u, t, eps):
         target = {"eps": eps, "v": alpha * eps - sigma * x, "x": x}[cfg.predict]
         x_t = model.sde.add_noise(x, eps, t)
         error = model.unet(x_t, t, z[:b], x_hat[:b].detach()) - target  # (b, C, H, W)
-        to_x = {"eps": sigma / alpha, "v": sigma, "x": sigma / sigma}  # what an error costs x
+        to_x = {"eps": sigma / alpha, "v": sigma, "x": 1}              # what an error costs x
         terms["ddpm"] = (error * (to_x[cfg.predict] / to_x[cfg.weight])).square().mean()
     return terms
 
@@ -521,7 +521,7 @@ def read_checkpoint(path, device="cpu"):
         check_memory(sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()))
         content = torch.load(path, map_location=device, weights_only=True)   # runs no code
         if content["format"] != CHECKPOINT_FORMAT or json.dumps(content["info"])[0] != "{":
-            raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}")
+            raise ValueError(f"format {content['format']}, not {CHECKPOINT_FORMAT}, or odd info")
         with torch.device("meta"):                                     # takes no memory
             wanted = IDiff(Config(**content["config"])).state_dict()
         for weights in (content["model"], content["ema"]):

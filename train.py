@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
@@ -36,6 +35,7 @@ IVAE = ("latent_dim latent categories prior u u_scale width patch image_size ima
         "n_factors").split()
 SPACE = {"kl": (1e-5, 0.1), "rec": (0.01, 5.0), "u": ["var", "mean+var"]}    # the paper's Table 1
 GRID = SPACE | {"kl": [1e-5, 1e-4, 1e-3, 1e-2, 0.1], "rec": [0.01, 0.1, 1.0, 5.0]}
+WHERE = "out trials storage device save_every log_every".split()        # not what is searched
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*item)) for item in (     # torchrun sets these
     ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -44,15 +44,15 @@ def build_parser():
         description=__doc__, allow_abbrev=False, usage="python train.py [options]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=110))
     add = parser.add_argument_group("the run").add_argument
-    add("--data", help="shapes3d (default), dsprites, or a .h5 or .npz file")
+    add("--data", help="shapes3d (default, if not a frozen iVAE's), dsprites, .h5 or .npz file")
     add("--size", choices=SIZES, help="widths, batch, length (default: full on CUDA, else small)")
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     add("--out", help="folder of the run (default: a new one, runs/MODEL-sSEED or search-KIND)")
     add("--resume", metavar="CKPT", help="go on with the run of this checkpoint")
     add("--freeze-ivae", metavar="CKPT", help="train a U-Net on its frozen iVAE")
-    add("--save-every", type=int, default=500, metavar="N", help="steps between writes of ckpt.pt")
-    add("--log-every", type=int, default=20, metavar="N", help="steps between lines of log.jsonl")
+    add("--save-every", type=int, default=500, metavar="N", help="steps per write of ckpt.pt (500)")
+    add("--log-every", type=int, default=20, metavar="N", help="steps per line of log.jsonl (20)")
     add = parser.add_argument_group("a search; the same command joins or resumes it").add_argument
     add("--search", choices=("grid", "bayes"), help="over what of kl, rec and u no flag gives")
     add("--over", nargs="+", action="append", default=[], metavar="NAME VALUE",
@@ -97,13 +97,13 @@ def make_config(args, data, ivae):
 
 def make_folder(args, cfg):
     """The run's folder, made; an explicit --out must not hold a run already."""
-    out, n = args.out or f"runs/{cfg.model}-s{cfg.seed}", 1
-    while (taken := os.path.exists(os.path.join(out, "log.jsonl"))) and not args.out:
+    out, n, files = args.out or f"runs/{cfg.model}-s{cfg.seed}", 1, ("log.jsonl", "ckpt.pt")
+    while (taken := any(os.path.exists(f"{out}/{file}") for file in files)) and not args.out:
         n, out = n + 1, f"runs/{cfg.model}-s{cfg.seed}-{n + 1}"
     if taken:
         raise ValueError(f"'{out}' already holds a run. Pass another --out, delete it, or go "
                          f"on with it: --resume {out}/ckpt.pt")
-    os.makedirs(out, exist_ok=True)                # by all ranks, before any can write the log
+    os.makedirs(out, exist_ok=True)
     return out
 
 def build(cfg, device, ivae=None):
@@ -233,8 +233,8 @@ def describe(cfg, data, device, model):
     """The first line: what runs, on what, and how much of it."""
     info, millions = model.info, sum(p.numel() for p in model.parameters()) / 1e6
     frozen = f", frozen iVAE of {info['frozen']}" * bool(info["frozen"])
-    where = (torch.cuda.get_device_name(device) if device.type == "cuda"
-             else f"{device.type}, {torch.get_num_threads()} threads")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        f"{device.type}, {torch.get_num_threads()} threads")
     return (f"{where}, ranks {WORLD}, size {info['size']}, method {info['method']}{frozen}: "
             f"{cfg.model}, prior {model.prior.kind}, u {cfg.u}; {data.name}; {millions:.2f} M "
             f"parameters; {cfg.steps} steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs")
@@ -245,8 +245,7 @@ def provenance(args, data):
                             capture_output=True, cwd=os.path.dirname(__file__)).stdout.strip()
     return {"data": data.name, "data_arg": args.data, "size": args.size, "frozen": args.freeze_ivae,
             "method": "paper" if args.paper else "recipe", "commit": commit or "unknown",
-            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
-                         "numpy": np.__version__}}
+            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)}}
 
 @torch.no_grad()
 def draw(out, model, data, n=10):
@@ -278,26 +277,20 @@ def finish(cfg, data, out, ema):
     print(f"Next:\n  python evaluate.py {out}/ckpt.pt\n  python interpolate.py {out}/ckpt.pt")
     return result["elbo"]
 
-def resume(args, device):
-    """The content of --resume's checkpoint; sets the arguments that the run was started with."""
-    info = (content := read_checkpoint(args.resume, device))["info"]
-    if any(hasattr(args, f.name) for f in fields(Config)) or any(
-            (args.out, args.paper, args.size, args.freeze_ivae)):
-        raise ValueError("--resume goes on with the run as it was, without flags that change it.")
-    if "optimizer" not in content or not {"data_arg", "size", "method", "frozen"} <= set(info):
-        raise ValueError(f"'{args.resume}' holds a model but no training state to resume.")
-    args.freeze_ivae = info["frozen"]
-    return content
-
 def prepare(args):
     """Everything that reads the user's input: config, data, folder, model, first step."""
     if min(args.save_every, args.log_every) < 1:
         raise ValueError("--save-every and --log-every must be at least 1.")
     device = pick_device(args.device)
-    content = resume(args, device) if args.resume else None
+    content = read_checkpoint(args.resume, device) if args.resume else None
+    if content and (any(hasattr(args, f.name) for f in fields(Config)) or any(
+            (args.out, args.paper, args.size, args.freeze_ivae))):
+        raise ValueError("--resume goes on with the run as it was, without flags that change it.")
+    args.freeze_ivae = content["info"].get("frozen") if content else args.freeze_ivae
     args.size = args.size or ("full" if device.type == "cuda" else "small")
-    args.data = args.data or (str(content["info"]["data_arg"]) if content else "shapes3d")
     ivae = load_checkpoint(args.resume or args.freeze_ivae, device) if args.freeze_ivae else None
+    info = content["info"] if content else ivae.info if ivae else {}
+    args.data = args.data or str(info.get("data_arg", "shapes3d"))
     data = load_data(args.data, device, lambda rows, **bar: tqdm(rows, disable=RANK > 0, **bar))
     cfg = Config(**content["config"]) if content else make_config(args, data, ivae)
     if (*data.image_shape, len(data.varied)) != (
@@ -313,7 +306,7 @@ def prepare(args):
         first_step = restore(content, *parts) if content else 0
     except Exception as error:                                        # of torch: many
         raise ValueError(f"'{args.resume}' holds no state to resume from: {error}") from None
-    if RANK == 0:
+    if average([torch.zeros(1)]) and RANK == 0:    # when all ranks have found the folder free
         trim_log(out, first_step, cfg)
         print(describe(cfg, data, device, parts[0]), flush=True)
     return cfg, data, out, parts, first_step
@@ -338,30 +331,37 @@ def search(args):
     """Trials until none is left; workers started alike, at once or later, share the study."""
     import optuna
     args.out, grid = args.out or f"runs/search-{args.search}", args.search == "grid"
-    if args.resume or WORLD > 1:
-        raise ValueError("--search goes without --resume and torchrun; its own command resumes it.")
-    if wrong := [k for k, *v in args.over if not v or k not in Config.__annotations__]:
-        raise ValueError(f"--over takes a flag without its dashes, and values, got {wrong}.")
-    over = {k: [Config.__annotations__[k](v) for v in values] for k, *values in args.over}
-    space = {k: v for k, v in ((GRID if grid else SPACE) | over).items() if not hasattr(args, k)}
+    if not args.search or args.resume or WORLD > 1:
+        raise ValueError("--over, --trials and --storage need --search; and that goes without "
+                         "--resume and torchrun: its own command resumes it.")
+    kinds, over = Config.__annotations__, {k.replace("-", "_"): v for k, *v in args.over}
+    space = {k: v for k, v in (GRID if grid else SPACE).items() if not hasattr(args, k)} | over
+    if not space or not all(over.values()) or over.keys() - kinds.keys():
+        raise ValueError(f"nothing to search, or not flags and their values: --over {over}.")
+    space |= {k: [kinds[k](v) for v in values] for k, values in over.items()}
+    name = str([(k, v) for k, v in sorted(vars(args).items()) if k not in WHERE])[-500:]
     os.makedirs(args.out, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    file = optuna.storages.journal.JournalFileBackend(f"{args.out}/study.log")
-    study = optuna.create_study(
-        storage=args.storage or optuna.storages.JournalStorage(file),
-        sampler=optuna.samplers.GridSampler(space, seed=0) if grid else
-        optuna.samplers.TPESampler(constant_liar=True),
-        study_name=" ".join(sorted(space)), direction="maximize", load_if_exists=True)
-    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+    storage = args.storage or optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(f"{args.out}/study.log"))
+    if {*optuna.get_all_study_names(storage)} - {name}:
+        raise ValueError(f"'{args.storage or args.out}' holds a search by other flags.")
+    study = optuna.create_study(storage=storage, study_name=name, direction="maximize",
+                                load_if_exists=True)
+    state = optuna.trial.TrialState
+    for trial in study.get_trials(states=(state.RUNNING,)):
         log = f"{args.out}/trial-{trial.number:03d}/log.jsonl"
         seen = os.path.getmtime(log) if os.path.exists(log) else trial.datetime_start.timestamp()
         if time.time() - seen > 900:                              # silent: its worker was killed
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            study.tell(trial.number, state=state.FAIL)
             study.enqueue_trial(trial.params)
-    if not (grid and study.sampler.is_exhausted(study)):
-        study.optimize(lambda trial: run_trial(trial, args, space), catch=Exception,
-                       n_trials=args.trials or (None if grid else 30),
-                       callbacks=[lambda study, _: write_trials(study, args, space)])
+    study.sampler = optuna.samplers.GridSampler(space, seed=0) if grid else (
+        optuna.samplers.TPESampler(constant_liar=True))           # after tell, which grids forbid
+    for _ in range(args.trials or (math.prod(map(len, space.values())) if grid else 30)):
+        if not grid or study.get_trials(states=(state.WAITING,)) or (
+                not study.sampler.is_exhausted(study)):
+            study.optimize(lambda trial: run_trial(trial, args, space), 1, catch=Exception)
+            write_trials(study, args, space)
     print(write_trials(study, args, space))
 
 def run_trial(trial, args, space):
@@ -371,15 +371,15 @@ def run_trial(trial, args, space):
               trial.suggest_float(k, *v, log=k == "kl") for k, v in space.items()}
     try:
         elbo = run(argparse.Namespace(**vars(args) | chosen | {"out": out}))
-    except SystemExit:                                            # Ctrl-C
+        flags = evaluate.build_parser().parse_args([f"{out}/ckpt.pt", "--no-dci", "--n", "10000"])
+        return elbo if args.objective == "elbo" else (
+            evaluate.report(flags.paths[0], flags)["metrics"]["mig"])
+    except (SystemExit, KeyboardInterrupt):
         trial.study.enqueue_trial(trial.params)
         raise KeyboardInterrupt("stopped. Go on by the same command.") from None
     except Exception as error:
         trial.set_user_attr("failed", " ".join(str(error).split()))
         raise
-    flags = evaluate.build_parser().parse_args([f"{out}/ckpt.pt", "--no-dci", "--n", "10000"])
-    return elbo if args.objective == "elbo" else (
-        evaluate.report(flags.paths[0], flags)["metrics"]["mig"])
 
 def write_trials(study, args, space):
     """Write trials.md and search.png; returns the text: every trial, and the paper's Table 1."""
@@ -406,7 +406,7 @@ def main(argv=None):
     try:
         if WORLD > 1:
             dist.init_process_group()                             # gloo on CPUs, nccl on GPUs
-        search(args) if args.search else run(args)
+        search(args) if args.search or args.over or args.trials or args.storage else run(args)
         if WORLD > 1 and average([torch.zeros(1)]):               # all ranks end together
             sys.stdout.flush()
             os._exit(0)             # at once: gloo's threads now and then abort Python's own exit
@@ -414,7 +414,7 @@ def main(argv=None):
             torch.OutOfMemoryError) as error:
         time.sleep(10 if RANK else 0)       # torchrun ends us before if rank 0 met it too
         hint = ". Try: pip install -r requirements.txt" if isinstance(error, ImportError) else ""
-        sys.exit(f"train.py: {' '.join(str(error).split())[:400]}{hint}")
+        sys.exit(f"train.py: {' '.join(str(error).split())[:400] or 'stopped'}{hint}")
 
 if __name__ == "__main__":
     main()

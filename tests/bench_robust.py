@@ -259,12 +259,9 @@ class Bench:
         self.good = {"ckpt.pt": (self.run / "ckpt.pt").read_bytes(), "log.jsonl":
                      (self.run / "log.jsonl").read_bytes(), "data.npz": self.data.read_bytes()}
         self.content = torch.load(self.run / "ckpt.pt", weights_only=True)
-        self.codes = {"codes": np.random.default_rng(0).normal(size=(24, 3)), "factors": FACTORS}
-        np.savez(folder / "codes.npz", **self.codes)
         with h5py.File(folder / "data.h5", "w") as file:
             file["images"], file["labels"] = IMAGES, FACTORS
-        for name in ("codes.npz", "data.h5"):
-            self.good[name] = (folder / name).read_bytes()
+        self.good["data.h5"] = (folder / "data.h5").read_bytes()
         quietly(evaluate.main, [str(self.run / "ckpt.pt"), "--no-dci"])
         self.good["metrics.json"] = (self.run / "metrics.json").read_bytes()
 
@@ -287,32 +284,22 @@ class Bench:
             lambda: interpolate.main([str(path), "--steps", "1", "--columns", "2"]),
             lambda: train.main(["--resume", str(path), "--device", "cpu"])])
 
-    def spoils(self, path, way, names, key):
-        """Writes a good file of names with odd bytes or sizes, or one with code; or says no."""
-        if way == "bytes":
-            path.write_bytes(with_odd_bytes(self.good[self.rng.choice(names)], self.rng))
-        elif way == "size":
-            path.write_bytes(self.good[names[0]])
-            zip_claiming(path, self.rng)
-        elif way == "code":
-            pickle_to({key: Code(self.trace)}, path)
-        return way in ("bytes", "size", "code")
-
     def data_file(self, way):
         path = self.folder / "odd.npz"
-        done = self.spoils(path, way, ["data.npz", "data.h5"], "images")
-        if not done and self.rng.random() < 0.3:
+        if way == "bytes":
+            good = self.good[self.rng.choice(["data.npz", "data.h5"])]
+            path.write_bytes(with_odd_bytes(good, self.rng))
+        elif way == "size":
+            path.write_bytes(self.good["data.npz"])
+            zip_claiming(path, self.rng)
+        elif way == "code":
+            pickle_to({"images": Code(self.trace)}, path)
+        elif self.rng.random() < 0.3:
             write_h5(path, self.rng)
-        elif not done:
+        else:
             labels = self.rng.choice(["factors", "labels", "latents_classes"])
             write_npz(path, {"images": IMAGES, labels: FACTORS}, self.rng, self.trace)
         return path, lambda: load_data(str(path)).draw(8, torch.Generator())
-
-    def codes_file(self, way):
-        path = self.folder / "mine.npz"
-        if not self.spoils(path, way, ["codes.npz"], "codes"):
-            write_npz(path, self.codes, self.rng, self.trace)
-        return path, lambda: evaluate.main([str(path), "--no-dci", "--fresh"])
 
     def text_file(self, way):
         """A damaged metrics.json or log.jsonl beside a good checkpoint."""
@@ -376,7 +363,7 @@ def outcome(path, action, trace):
 def damage_files(folder, n, seed=0, report=lambda *args: None):
     """{kind: Counter of outcomes} of n damaged files, and the growth of peak memory in MiB."""
     bench, found = Bench(folder, seed), {}
-    kinds = {"checkpoint": bench.checkpoint, "data": bench.data_file, "codes": bench.codes_file,
+    kinds = {"checkpoint": bench.checkpoint, "data": bench.data_file,
              "metrics.json, log.jsonl": bench.text_file}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     handler = signal.signal(signal.SIGALRM, stop)

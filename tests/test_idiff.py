@@ -130,7 +130,7 @@ def test_every_parameter_of_every_network_gets_a_gradient():
     assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-@pytest.mark.parametrize("predict", ["eps", "v"])
+@pytest.mark.parametrize("predict", ["eps", "v", "x"])
 def test_an_image_alone_equals_that_image_in_a_batch(predict):
     model, x = small_model(predict=predict), images(5)
     mean, logvar = model.encode(x)
@@ -340,36 +340,41 @@ def test_latent_is_drawn_with_the_encoders_own_mean_and_variance():
     assert seen[0].std().item() == pytest.approx(0.5, abs=0.03)
 
 
-@pytest.mark.parametrize("weight", ["eps", "v"])
-def test_a_perfect_v_network_has_no_loss_and_knows_the_noise(weight):
-    x, u, t, eps = a_step()
+def targets(x, t, eps):
+    """What a network of each --predict should return."""
     alpha = VPSDE().alpha(t).view(-1, 1, 1, 1)
     sigma = (1 - alpha ** 2).sqrt()
+    return {"eps": eps, "v": alpha * eps - sigma * x, "x": x}, alpha, sigma
+
+
+@pytest.mark.parametrize("predict", ["v", "x"])
+@pytest.mark.parametrize("weight", ["eps", "v", "x"])
+def test_a_perfect_network_has_no_loss_and_knows_the_noise(predict, weight):
+    x, u, t, eps = a_step()
+    wanted, alpha, sigma = targets(x, t, eps)
 
     class Perfect(nn.Module):
         def forward(self, x_t, t, z, x_hat):
-            return alpha * eps - sigma * x
+            return wanted[predict]
 
-    assert losses(stub("v", weight, Perfect()), x, u, t, eps)["ddpm"] < 1e-9
-    model = small_model(predict="v")
+    assert losses(stub(predict, weight, Perfect()), x, u, t, eps)["ddpm"] < 1e-9
+    model = small_model(predict=predict)
     model.unet = Perfect()
     eps_hat = model.eps_fn(torch.zeros(4, 4))(alpha * x + sigma * eps, t)
     torch.testing.assert_close(eps_hat, eps, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("predict", ["eps", "v"])
-@pytest.mark.parametrize("weight", ["eps", "v"])
-def test_error_of_v_is_error_of_the_noise_over_alpha(predict, weight):
+@pytest.mark.parametrize("predict", ["eps", "v", "x"])
+@pytest.mark.parametrize("weight", ["eps", "v", "x"])
+def test_the_loss_is_the_error_of_what_weight_names(predict, weight):
+    """The error that x_t and the network's output imply for it, by x_t = alpha x + sigma eps."""
     x, u, t, eps = a_step()
-    alpha = VPSDE().alpha(t).view(-1, 1, 1, 1)
-    sigma = (1 - alpha ** 2).sqrt()
-    target = eps if predict == "eps" else alpha * eps - sigma * x
-
-    def off_by_a_tenth(x_t, t, z, x_hat):
-        return target + 0.1
-    power = {"eps": {"eps": 0, "v": -1}, "v": {"eps": 1, "v": 0}}[predict][weight]
-    expected = (0.1 * alpha ** power).square().mean()
-    got = losses(stub(predict, weight, off_by_a_tenth), x, u, t, eps)["ddpm"]
+    wanted, alpha, sigma = targets(x, t, eps)
+    x_t, off = alpha * x + sigma * eps, wanted[predict] + 0.1
+    eps_hat = {"eps": off, "v": sigma * x_t + alpha * off, "x": (x_t - alpha * off) / sigma}[predict]
+    implied, *_ = targets((x_t - sigma * eps_hat) / alpha, t, eps_hat)
+    expected = (implied[weight] - wanted[weight]).square().mean()
+    got = losses(stub(predict, weight, lambda *_: off), x, u, t, eps)["ddpm"]
     assert got.item() == pytest.approx(expected.item(), rel=1e-3)
 
 

@@ -52,7 +52,7 @@ def change(run, **entries):
 
 def test_killed_runs_end_as_if_undisturbed(tmp_path):
     found = kill_runs(tmp_path, 3, per_run=3, steps=9)
-    assert found["kills"] == 3 and found["equal bit for bit"] == found["runs"] == 1
+    assert found["kills"] == 3 and found["equal bit for bit"] == found["runs"] > 0
     assert not found["exit status not 0"]
 
 def test_full_disk_leaves_the_old_checkpoint_and_no_other_file(tiny_run, tmp_path):

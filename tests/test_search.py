@@ -66,20 +66,53 @@ def test_bayes_stays_in_the_papers_ranges_and_elbo_is_the_runs_own(tiny_npz, tmp
         assert trial.value == json.loads(log[-1])["validation"]["elbo"]
 
 
-def test_a_killed_trial_is_marked_failed_and_its_cell_runs_again(argv):
+@pytest.mark.parametrize("killed", ["first", "last"])
+def test_a_killed_trial_is_marked_failed_and_its_cell_runs_again(argv, killed):
     out = argv[argv.index("--out") + 1]
-    log = os.path.join(out, "trial-000", "log.jsonl")
-    endless = [str(ROOT / "train.py"), *argv, "--search", "grid", "--steps", "1000000"]
-    worker = subprocess.Popen([sys.executable, *endless], stderr=subprocess.DEVNULL)
-    while not os.path.exists(log):
+    n_done = int(killed == "last") * 3
+    log = os.path.join(out, f"trial-{n_done:03d}", "log.jsonl")
+    endless = f"""import sys, time, train
+train.main([*sys.argv[1:], "--trials", "{n_done}"]) if {n_done} else None
+train.train = lambda *_: time.sleep(1000)
+train.main(sys.argv[1:])"""
+    worker = subprocess.Popen([sys.executable, "-c", endless, *argv, "--search", "grid"], cwd=ROOT,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not os.path.exists(log) and worker.poll() is None:
         time.sleep(0.1)
     worker.kill()
     worker.wait()
-    assert study_of(argv).trials[0].state.name == "RUNNING"
+    assert study_of(argv).trials[n_done].state.name == "RUNNING"
     os.utime(log, (0, 0))                                              # silent since long ago
     train.main([*argv, "--search", "grid"])
     study = study_of(argv)
-    assert cells(study) == ALL and study.trials[0].state.name == "FAIL"
+    assert cells(study) == ALL and study.trials[n_done].state.name == "FAIL"
+
+
+def test_a_stopped_trial_runs_again_whatever_it_was_doing(argv, monkeypatch):
+    """Here the last of the grid, in its evaluation."""
+    report, calls = train.evaluate.report, []
+
+    def stopped_once(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return report(*args)
+    monkeypatch.setattr(train.evaluate, "report", stopped_once)
+    with pytest.raises(SystemExit, match="same command"):
+        train.main([*argv, "--search", "grid"])
+    assert len(cells(study_of(argv))) == 3
+    train.main([*argv, "--search", "grid"])
+    assert cells(study_of(argv)) == ALL
+
+
+@pytest.mark.parametrize("flags", ["--rec-images 4", "--over kl 1e-3", "--over kl-mean 0 1",
+                                   "--objective elbo"])
+def test_a_folder_holds_one_search(argv, capsys, flags):
+    train.main([*argv, "--search", "grid", "--trials", "1"])
+    with pytest.raises(SystemExit) as refused:
+        train.main([*argv, "--search", "grid", *flags.split()])
+    assert "a study" in str(refused.value) and "other flags" in str(refused.value)
+    assert len(study_of(argv).trials) == 1
 
 
 def test_two_workers_share_a_study(argv):
@@ -117,6 +150,14 @@ def test_bad_searches_are_refused_in_one_line(argv, flags, named):
     with pytest.raises(SystemExit) as refused:
         train.main([*argv, "--search", "grid", *flags.split()])
     assert named in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("flags", ["--over kl 1 2", "--trials 3", "--storage sqlite:///a.db"])
+def test_flags_of_a_search_need_one(tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="need --search"):
+        train.main([*TINY, *flags.split()])
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_optuna_only_the_search_is_lost(argv, monkeypatch):

@@ -188,13 +188,13 @@ def parts_of(weights, names=IVAE):
 
 
 def test_frozen_ivae_never_changes_and_the_unet_learns_from_the_denoising_term(
-        full_ivae, tiny_npz, tmp_path, capsys):
+        full_ivae, tmp_path, capsys):
     """Also where the flags weigh the other terms; the resumed run equals the whole one."""
     ckpt = read_checkpoint(full_ivae)
     unets = {}
     for name, flags in {"bare": "--steps 4", "weighed": "--steps 4 --kl 9 --rec 9"}.items():
-        train.main([*UNET, "--data", tiny_npz, "--freeze-ivae", full_ivae, *flags.split(),
-                    "--out", str(tmp_path / name)])
+        train.main([*UNET, "--freeze-ivae", full_ivae, *flags.split(), "--out",
+                    str(tmp_path / name)])                             # on the iVAE's data
         content = read_checkpoint(str(tmp_path / name / "ckpt.pt"))
         for weights in (content["model"], content["ema"]):
             assert same(parts_of(weights), parts_of(ckpt["ema"]))
@@ -358,11 +358,14 @@ def test_out_that_is_a_file_is_named(tiny_npz, tmp_path, capsys):
     assert file.read_text() == "precious"
 
 
-def test_out_that_holds_a_run_is_not_written_over(tiny_npz, tiny_run, capsys):
-    before = {path: path.read_bytes() for path in tiny_run.iterdir()}
-    text = refusal([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(tiny_run)], capsys)
-    assert str(tiny_run) in text and "--resume" in text
-    assert before == {path: path.read_bytes() for path in tiny_run.iterdir()}
+@pytest.mark.parametrize("missing", ["ckpt.pt", "log.jsonl"])
+def test_out_that_holds_a_run_is_not_written_over(tiny_npz, tiny_run, tmp_path, capsys, missing):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / missing).unlink()
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    text = refusal([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(run)], capsys)
+    assert str(run) in text and "--resume" in text
+    assert before == {path: path.read_bytes() for path in run.iterdir()}
 
 
 @pytest.mark.parametrize("shape", [(24, 20, 20, 3), (24, 16, 32, 3)])
