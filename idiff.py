@@ -521,7 +521,7 @@ def read_checkpoint(path, device="cpu"):
         check_memory(sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()))
         content = torch.load(path, map_location=device, weights_only=True)   # runs no code
         if content["format"] != CHECKPOINT_FORMAT or json.dumps(content["info"])[0] != "{":
-            raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}; or its info")
+            raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}, or info")
         with torch.device("meta"):                                     # takes no memory
             wanted = IDiff(Config(**content["config"])).state_dict()
         for weights in (content["model"], content["ema"]):
