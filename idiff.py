@@ -411,9 +411,8 @@ def kl_terms(cfg, q, p):
     def scaled(side, share):                                           # the gradient alone
         return [share * h + (1 - share) * h.detach() for h in side]
     q, p = scaled(q, 2 - 2 * cfg.kl_balance), scaled(p, 2 * cfg.kl_balance)
-    gaussian = cfg.latent == "gaussian"
-    (mu_q, _), (mu_p, logvar_p) = (q, p) if gaussian else (moments(*q), moments(*p))
-    kl = kl_loss if gaussian else kl_categorical
+    (mu_q, _), (mu_p, logvar_p) = (q, p) if cfg.latent == "gaussian" else (moments(*q), moments(*p))
+    kl = kl_loss if cfg.latent == "gaussian" else kl_categorical
     return {"kl": kl(*q, *p), "kl_reverse": kl(*p, *q),
             "kl_mean": kl_loss(mu_q, logvar_p, mu_p, logvar_p)}        # the part that means make
 
@@ -520,8 +519,9 @@ def read_checkpoint(path, device="cpu"):
     try:
         check_memory(sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()))
         content = torch.load(path, map_location=device, weights_only=True)   # runs no code
-        if content["format"] != CHECKPOINT_FORMAT or json.dumps(content["info"])[0] != "{":
-            raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}, or info")
+        if content["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}")
+        json.dumps(dict(**content["info"]))                            # fails if not plain values
         with torch.device("meta"):                                     # takes no memory
             wanted = IDiff(Config(**content["config"])).state_dict()
         for weights in (content["model"], content["ema"]):

@@ -178,6 +178,7 @@ def train_step(cfg, model, ema, optimizer, batch, step):
 # ---- the run ----
 def restore(content, model, ema, optimizer):
     """Put a checkpoint's content back; returns the step to go on from."""
+    [content["info"][k] for k in ("data_arg", "size", "method", "frozen")]   # fails if one is not
     model.load_state_dict(content["model"])
     ema.module.load_state_dict(content["ema"])
     ema.n_averaged.copy_(content["n_averaged"])
@@ -348,17 +349,16 @@ def search(args):
         raise ValueError(f"'{args.storage or args.out}' holds a search by other flags.")
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize",
                                 load_if_exists=True)
-    state = optuna.trial.TrialState
-    for trial in study.get_trials(states=(state.RUNNING,)):
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         log = f"{args.out}/trial-{trial.number:03d}/log.jsonl"
         seen = os.path.getmtime(log) if os.path.exists(log) else trial.datetime_start.timestamp()
         if time.time() - seen > 900:                              # silent: its worker was killed
-            study.tell(trial.number, state=state.FAIL)
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             study.enqueue_trial(trial.params)
     study.sampler = optuna.samplers.GridSampler(space, seed=0) if grid else (
         optuna.samplers.TPESampler(constant_liar=True))           # after tell, which grids forbid
     for _ in range(args.trials or (math.prod(map(len, space.values())) if grid else 30)):
-        if not grid or study.get_trials(states=(state.WAITING,)) or (
+        if not grid or study.get_trials(states=(optuna.trial.TrialState.WAITING,)) or (
                 not study.sampler.is_exhausted(study)):
             study.optimize(lambda trial: run_trial(trial, args, space), 1, catch=Exception)
             write_trials(study, args, space)

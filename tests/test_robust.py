@@ -106,6 +106,13 @@ def test_weights_that_are_not_finite_are_refused(run):
     with pytest.raises(ValueError, match="decoder.head.mix.bias.*finite"):
         load_checkpoint(change(run, ema=weights))
 
+@pytest.mark.parametrize("missing", ["data_arg", "size", "method", "frozen"])
+def test_what_a_run_was_started_with_is_needed_to_resume_it(run, tiny_npz, missing):
+    info = read_checkpoint(run / "ckpt.pt")["info"]
+    path = change(run, info={k: v for k, v in info.items() if k != missing})
+    text = refusal(train.main, ["--resume", path, "--device", "cpu", "--data", tiny_npz])
+    assert "ckpt.pt" in text and missing in text
+
 @pytest.mark.parametrize("entries", [
     dict(step=99), dict(step=None), dict(optimizer={}), dict(n_averaged=None)])
 def test_training_state_that_does_not_fit_is_refused(run, entries):
