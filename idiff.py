@@ -6,17 +6,19 @@ auxiliary variable u says of the image's generative factors; a decoder p(x|z) an
 diffusion U-Net, both conditioned on z, turn latents back into images. Read it downwards:
 
     Config                      what changes a training's numbers, each a flag of train.py
-    Encoder, Prior, Decoder     the iVAE of Khemakhem et al. 2020 (a VAE where u says nothing)
-    ScoreUNet                   estimates the noise, v or the image; t and z modulate it
+    Gaussian, Categories        the two kinds of latents, as torch.distributions
+    Encoder, Decoder, PRIORS    the iVAE of Khemakhem et al. 2020 (a VAE where u says nothing)
+    ScoreUNet                   a bare network; t and z modulate it
     VPSDE, SAMPLERS, invert     the diffusion process of Song et al. 2021 and its solvers
-    losses                      the terms of Eq. 2, whose weighted sum train.py minimises; Eq. 3
-    IDiff, load_checkpoint      the model: encode, decode, sample
-    load_data, Data             3D Shapes, dSprites, your own images; the modulated draw of x and u
+    IDiff                       the model: the terms of Eq. 2 with Eq. 3; encode, decode, sample
+    save_, load_checkpoint      three lines from a file to latents
+    Data, load_data             the modulated draw of x and u; files; replicas of two data sets
 
-Equations are those of Kühne & Zemann (2024); their Eq. 1, MIG, is in evaluate.py. Denoising and
-reconstruction losses are means over batch, channels and pixels; KL is a sum over latents, a mean
-over the batch. Shape letters: B batch, C image channels, H W pixels, F features, D latents, U
-entries of u, E embedding, K factors, N images, S sampler steps. Images lie in [-1, 1].
+Equations are those of Kühne & Zemann (2024); their Eq. 1, MIG, is in evaluate.py, and the weighted
+sum of Eq. 2 in train.py. Denoising and reconstruction losses are means over batch, channels and
+pixels; KL is a sum over latents, a mean over the batch. Shape letters: B batch, C image channels,
+H W pixels, F features, D latents, L categories, U entries of u, E embedding, K factors, V values
+of a factor, N images, S sampler steps. Images lie in [-1, 1].
 """
 import json
 import math
@@ -28,15 +30,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.distributions import Distribution, Normal, OneHotCategorical, kl_divergence, register_kl
 from torch.nn import functional as F
 
-CHECKPOINT_FORMAT = 2                                                  # raised when files change
+CHECKPOINT_FORMAT = 3       # raised when what a checkpoint holds changes
+PRIORS = {}                 # p(z|u) by name: each class enters itself below its definition
+DATA_SETS = {}              # functions device -> Data by name, likewise
+
+# Checking the arguments of a distribution makes the host wait for the device at every step.
+Distribution.set_default_validate_args(False)
+
 
 # ---- Configuration ----
+
 def option(default, help, choices=None, least=0, below=math.inf):
     """A dataclass field, also a flag with this help; of choices, or in [least, below)."""
-    return field(default=default, metadata={"help": help, "choices": choices,
-                                            "least": least, "below": below})
+    metadata = {"help": help, "choices": choices, "least": least, "below": below}
+    return field(default=default, metadata=metadata)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -46,8 +57,7 @@ class Config:
     latent: str = option("gaussian", "kind of latents; categorical ones by Gumbel-softmax, or "
                          "straight-through", ("gaussian", "gumbel", "st"))
     categories: int = option(16, "categories L of each categorical latent", least=2)
-    prior: str = option("known", "p(z|u): read off u; a net per latent; one net of all u",
-                        ("known", "diagonal", "full"))
+    prior: str = option("known", "p(z|u): read off u; a net per latent; one net of all u", PRIORS)
     u: str = option("mean+var", "what u modulates of each factor", ("var", "mean+var"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
     kl: float = option(1e-4, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
@@ -56,9 +66,8 @@ class Config:
     kl_balance: float = option(0.5, "share of KL's gradient that goes to p(z|u)", below=1)
     kl_reverse: float = option(0.0, "weight of KL(p(z|u) || q(z|x)), as a multiple of KL's own")
     kl_start: float = option(0.0, "KL weight at step 0, if above --kl > 0, to which it falls")
-    predict: str = option("x", "U-Net's output; v is alpha eps - sigma x", ("eps", "v", "x"))
-    condition: str = option("z+decoder", "U-Net sees z, or its image too", ("z", "z+decoder"))
-    weight: str = option("x", "whose squared error is the loss; eps in Eq. 3", ("eps", "v", "x"))
+    predict: str = option("x", "U-Net's output: the noise, or the image, seeing the decoder's",
+                          ("eps", "x"))
     width: int = option(32, "channels of encoder and decoder, finest level", least=1)
     unet_width: int = option(32, "channels of the U-Net, finest level", least=8)
     patch: int = option(4, "side in pixels of the space-to-depth stem", (1, 2, 4))
@@ -73,183 +82,474 @@ class Config:
     ema: float = option(0.998, "decay per step of the averaged weights", below=1)
     precision: str = option("float32", "arithmetic", ("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, data and noise", below=2**62)
+
+    # Read off the data: no flags.
     image_size: int = option(64, "", least=16)
     image_channels: int = option(3, "", least=1)
     n_factors: int = option(6, "", least=1)
 
     def __post_init__(self):
         for f in fields(self):
-            value, (_, choices, least, below) = getattr(self, f.name), f.metadata.values()
-            wanted = f"one of {choices}" if choices else f"{f.type.__name__} in [{least}, {below})"
-            if type(value) not in ((int, float) if f.type is float else (f.type,)) or not (
-                    value in choices if choices else least <= value < below):
+            value = getattr(self, f.name)
+            choices = f.metadata["choices"]
+            least, below = f.metadata["least"], f.metadata["below"]
+
+            kinds = (int, float) if f.type is float else (f.type,)
+            fits = type(value) in kinds                        # True is no int here
+            if choices:
+                fits = fits and value in choices
+                wanted = f"one of {', '.join(map(str, choices))}"
+            else:
+                fits = fits and least <= value < below
+                wanted = f"{f.type.__name__} in [{least}, {below})"
+            if not fits:
                 raise ValueError(f"{f.name} must be {wanted}, got {value!r}.")
-        if self.unet_width % 8 or self.image_size % 16:
-            raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}, and "
-                             f"unet_width one of 8, got {self.unet_width}.")
+
+        if self.image_size % 16:
+            raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}.")
+        if self.unet_width % 8:
+            raise ValueError(f"unet_width must be a multiple of 8, got {self.unet_width}.")
+        if self.model != "idiff" and self.rec == self.kl == self.kl_mean == 0:
+            raise ValueError("rec, kl and kl_mean are all 0: nothing would be learned.")
+
     @property
-    def z_dim(self):                     # numbers that decoder and U-Net see of z: D, or D L
-        return self.latent_dim * (1 if self.latent == "gaussian" else self.categories)
+    def z_dim(self):
+        """How many numbers of z decoder and U-Net see: D, or D L one-hot entries."""
+        if self.latent == "gaussian":
+            return self.latent_dim
+        return self.latent_dim * self.categories
+
     @property
-    def halvings(self):                  # from the stem's resolution to image_size / 16
+    def halvings(self):
+        """How often the networks halve the stem's resolution, down to image_size / 16."""
         return int(math.log2(16 // self.patch))
 
-# ---- iVAE: encoder, conditional prior, decoder ----
+
+# ---- Latents ----
+
+class Gaussian(Normal):
+    """Independent Gaussian latents of a mean and a log-variance (natural log), (B, D) each."""
+
+    def __init__(self, mean, logvar):
+        super().__init__(mean, (0.5 * logvar).exp())
+        self.logvar = logvar
+
+    def detach(self):
+        return Gaussian(self.mean.detach(), self.logvar.detach())
+
+    def moments(self):
+        return self.mean, self.logvar
+
+    def code(self):
+        """What IDiff.encode returns: mean and log-variance, (B, D) each."""
+        return self.mean, self.logvar
+
+
+class Categories(OneHotCategorical):
+    """Independent categorical latents of logits (B, D, L); codes z are (B, D, L), relaxed one-hot.
+
+    hard: codes are one-hot, with the relaxed ones' gradient (straight-through).
+    Source: Jang et al. 2017 (Gumbel-softmax), Bengio et al. 2013 (straight-through).
+    """
+
+    def __init__(self, logits, temperature=1.0, hard=False):
+        super().__init__(logits=logits)
+        self.temperature = temperature
+        self.hard = hard
+
+    def detach(self):
+        return Categories(self.logits.detach(), self.temperature, self.hard)
+
+    def rsample(self):
+        return F.gumbel_softmax(self.logits, self.temperature, self.hard)
+
+    def log_prob(self, z):
+        """The log-likelihood of each latent, (B, D), also of codes between the categories."""
+        return (z * self.logits).sum(dim=-1)
+
+    def moments(self):
+        """Mean and log-variance, (B, D) each, of the index, scaled to [-1, 1]."""
+        n = self.logits.shape[-1]
+        place = torch.linspace(-1, 1, n, device=self.logits.device)
+        mean = self.probs @ place
+        variance = self.probs @ place.square() - mean.square()
+        return mean, variance.clamp(min=1e-6).log()            # 0, but for rounding, if certain
+
+    def code(self):
+        """The likeliest category's index, and the index's log-variance, (B, D) each."""
+        _, logvar = self.moments()
+        half_range = (self.logits.shape[-1] - 1) / 2           # from [-1, 1] back to indices
+        return self.logits.argmax(dim=-1).to(logvar), logvar + 2 * math.log(half_range)
+
+
+@register_kl(Categories, Categories)
+def kl_categories(q, p):
+    """KL(q || p) of each latent, (B, D). Torch's own is inf where a probability underflows."""
+    return (q.probs * (q.logits - p.logits)).sum(dim=-1)
+
+
+def kl_loss(q, p):
+    """KL(q || p) in nats: sum over D, mean over B. Returns shape (). Source: L_KL of Eq. 2.
+
+    q, p: distributions over (B, D) latents. Where torch knows no closed form, by a sample of q.
+    """
+    try:
+        each = kl_divergence(q, p)                             # (B, D)
+    except NotImplementedError:
+        z = q.rsample()
+        each = q.log_prob(z) - p.log_prob(z)
+    return each.sum(dim=1).mean()
+
+
+def balanced_kl(q, p, share):
+    """KL(q || p) with this share of its gradient for p, the rest for q; 0.5 is the plain KL.
+
+    Source: KL balancing, Hafner et al. 2022.
+    """
+    if share == 0.5:
+        return kl_loss(q, p)
+    value = kl_loss(q.detach(), p.detach())
+    to_p = kl_loss(q.detach(), p)
+    to_q = kl_loss(q, p.detach())
+    return 2 * share * to_p + 2 * (1 - share) * to_q - value
+
+
+def kl_of_means(q, p):
+    """The part of KL(q || p) that means make, half the sum of (mu_q - mu_p)^2 / var_p, ()."""
+    mu_q, _ = q.moments()
+    mu_p, logvar_p = p.moments()
+    each = 0.5 * (mu_q - mu_p).square() / logvar_p.exp()       # (B, D)
+    return each.sum(dim=1).mean()
+
+
+# ---- Encoder and decoder ----
+
 class Encoder(nn.Module):
-    """q(z|x): (B, C, H, W) -> mean and log-variance of z, (B, D) each, float32; or, if latents are
-    categorical, their logits (B, D, L) alone, a tuple as well. Never sees u."""
+    """q(z|x): images (B, C, H, W) -> a distribution of z, over (B, D), in float32. Never sees u."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, w, side = cfg, cfg.width, cfg.image_size // 16
+        self.cfg = cfg
+        self.temperature = 0.3                                 # of Gumbel-softmax; 0.3 at the end
+        side = cfg.image_size // 16
+
+        # a space-to-depth stem, then halvings
+        c_in = cfg.image_channels * cfg.patch**2
         layers = [nn.PixelUnshuffle(cfg.patch),
-                  nn.Conv2d(cfg.image_channels * cfg.patch**2, w, 3, padding=1), nn.SiLU()]
-        for i in range(cfg.halvings):
-            layers += [nn.Conv2d(2 * w if i else w, 2 * w, 3, 2, 1), nn.SiLU()]
-        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * w * side**2, 256), nn.SiLU(),
-                                 nn.Linear(256, max(2 * cfg.latent_dim, cfg.z_dim)))  # L >= 2
+                  nn.Conv2d(c_in, cfg.width, 3, padding=1),
+                  nn.SiLU()]
+        c_in, c_out = cfg.width, 2 * cfg.width
+        for _ in range(cfg.halvings):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
+                       nn.SiLU()]
+            c_in = c_out
+
+        # all that is left goes into each latent's numbers
+        n_out = max(2 * cfg.latent_dim, cfg.z_dim)             # mean and log-variance, or logits
+        layers += [nn.Flatten(),
+                   nn.Linear(c_in * side**2, 256),
+                   nn.SiLU(),
+                   nn.Linear(256, n_out)]
+        self.net = nn.Sequential(*layers)
 
     def forward(self, x):
-        h, d = self.net(x).float(), self.cfg.latent_dim                # h: (B, 2 D) or (B, D L)
+        h = self.net(x).float()                                # (B, 2 D) or (B, D L)
+
         if self.cfg.latent == "gaussian":
-            return h[:, :d], 4 - F.softplus(4 - h[:, d:])              # below 4, lest exp overflow
-        return h.unflatten(1, (d, -1)),
+            mean, logvar = h.chunk(2, dim=1)
+            return Gaussian(mean, 4 - F.softplus(4 - logvar))  # below 4, lest exp overflow
+
+        logits = h.unflatten(1, (self.cfg.latent_dim, -1))     # (B, D, L)
+        return Categories(logits, self.temperature, hard=self.cfg.latent == "st")
+
 
 def fourier(z):
     """z (B, D), its sines and cosines at 1/2, 1 and 2 periods a unit: (B, 7 D). Hues vary fast."""
-    angle = (z[:, :, None] * math.pi * 2 ** torch.arange(3, device=z.device)).flatten(1)
+    frequency = math.pi * 2 ** torch.arange(3, device=z.device)
+    angle = (z[:, :, None] * frequency).flatten(1)             # (B, 3 D)
     return torch.cat([z, angle.sin(), angle.cos()], dim=1)
+
 
 class Head(nn.Module):
     """Features (B, F, H / patch, W / patch), emb (B, E) and extra channels -> (B, C, H, W).
-    emb sets the weights that mix full-resolution channels: a colour multiplies a shading."""
+
+    emb sets the weights that mix full-resolution channels: a colour multiplies a shading.
+    """
+
     def __init__(self, c_in, c_extra, c_out, c_emb, patch):
         super().__init__()
-        self.patch, self.conv = patch, nn.Conv2d(c_in, 8 * patch**2, 3, padding=1)
-        self.full = nn.Conv2d(8 + c_extra, 8 + c_extra, 3, padding=1)  # so no patch borders show
-        self.mix = nn.Linear(c_emb, c_out * (8 + c_extra))
+        self.patch = patch
+        c_full = 8 + c_extra                                   # channels at full resolution
+        self.conv = nn.Conv2d(c_in, 8 * patch**2, 3, padding=1)
+        self.full = nn.Conv2d(c_full, c_full, 3, padding=1)    # so that no patch borders show
+        self.mix = nn.Linear(c_emb, c_out * c_full)
 
     def forward(self, h, emb, *extra):
-        h = torch.cat([F.silu(F.pixel_shuffle(self.conv(h), self.patch)), *extra], 1)
-        h = h + self.full(h)                                           # (B, 8 + extra, H, W)
-        weight = self.mix(emb).unflatten(1, (-1, h.shape[1]))          # (B, C, 8 + extra)
-        return torch.bmm(weight, h.flatten(2)).unflatten(2, h.shape[2:]).float()
+        h = F.silu(F.pixel_shuffle(self.conv(h), self.patch))  # (B, 8, H, W)
+        h = torch.cat([h, *extra], dim=1)                      # (B, 8 + extra, H, W)
+        h = h + self.full(h)
+
+        weight = self.mix(emb).unflatten(1, (-1, h.shape[1]))  # (B, C, 8 + extra)
+        pixels = torch.bmm(weight, h.flatten(2))               # (B, C, H W)
+        return pixels.unflatten(2, h.shape[2:]).float()
+
 
 class Decoder(nn.Module):
-    """p(x|z): z (B, D), or one-hot codes (B, D L), -> reconstruction (B, C, H, W)."""
+    """p(x|z): z (B, D), or one-hot codes (B, D L), -> reconstruction (B, C, H, W), float32."""
+
     def __init__(self, cfg):
         super().__init__()
-        w, side = cfg.width, cfg.image_size // 16
-        self.latent = nn.Sequential(nn.Linear(7 * cfg.z_dim, 256), nn.SiLU(),
-                                    nn.Linear(256, 256), nn.SiLU())
-        layers = [nn.Linear(256, 2 * w * side**2), nn.SiLU(), nn.Unflatten(1, (2 * w, side, side))]
-        for i in range(cfg.halvings):
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(w if i else 2 * w, w, 3, padding=1),
+        w = cfg.width
+        side = cfg.image_size // 16
+        self.latent = nn.Sequential(
+            nn.Linear(7 * cfg.z_dim, 256),
+            nn.SiLU(),
+            nn.Linear(256, 256),
+            nn.SiLU())
+
+        # from a coarse picture up to the stem's resolution
+        c_in = 2 * w
+        layers = [nn.Linear(256, c_in * side**2),
+                  nn.SiLU(),
+                  nn.Unflatten(1, (c_in, side, side))]
+        for _ in range(cfg.halvings):
+            layers += [nn.Upsample(scale_factor=2),
+                       nn.Conv2d(c_in, w, 3, padding=1),
                        nn.SiLU()]
-        self.net, self.head = nn.Sequential(*layers), Head(w, 0, cfg.image_channels, 256, cfg.patch)
+            c_in = w
+        self.net = nn.Sequential(*layers)
+        self.head = Head(c_in, 0, cfg.image_channels, 256, cfg.patch)
 
     def forward(self, z):
-        emb = self.latent(fourier(z))                                  # (B, 256)
+        emb = self.latent(fourier(z))                          # (B, 256)
         return self.head(self.net(emb), emb)
 
-class Prior(nn.Module):
-    """p(z|u): u (B, U) -> mean and log-variance of z, or logits of categories, as the encoder.
-    known: z_i ~ N(m_i, s_i^2), factor i's own centre and scale read off u, nothing learned; its
-    density at L places over [-1, 1] for categories. diagonal: a small network per latent i sees
-    u's entries for factor i alone. Under both, latents without a factor, as all of a VAE's, get
-    N(0, 1), or equal chances, and means are 0 if u has none. full: one network over all of u, the
-    paper's. Source: Khemakhem et al. 2020."""
-    def __init__(self, cfg, hidden=64):
+
+# ---- The auxiliary variable u, and priors p(z|u) ----
+
+def pack_u(log_s, m, u_scale):
+    """u (B, U) of a draw: the factors' log-scales, then, if any, their centres.
+
+    log_s: (B, K) in [log u_scale, 0], in u scaled to [-1, 1]; m: (B, K) in [-1, 1], or None.
+    """
+    scales = 1 - 2 * log_s / math.log(u_scale)
+    return scales if m is None else torch.cat([scales, m], dim=1)
+
+
+def unpack_u(u, cfg):
+    """log_s and m, (B, K) each, which u (B, U) tells; m is 0 where u has no centres."""
+    u = u.float()
+    scales = u[:, :cfg.n_factors]
+    log_s = 0.5 * (1 - scales) * math.log(cfg.u_scale)
+    m = torch.zeros_like(log_s) if cfg.u == "var" else u[:, cfg.n_factors:]
+    return log_s, m
+
+
+def prior_distribution(cfg, h):
+    """p(z|u) of numbers h (B, n, 2 or L), n <= D; latents beyond n are N(0, 1), or uniform."""
+    spare = cfg.latent_dim - h.shape[1]
+    h = F.pad(h.float(), (0, 0, 0, spare))                     # (B, D, 2 or L)
+    if cfg.latent == "gaussian":
+        mean, logvar = h.unbind(dim=2)
+        return Gaussian(mean, logvar)
+    return Categories(h)
+
+
+def numbers_per_latent(cfg):
+    """Mean and log-variance, or L logits."""
+    return 2 if cfg.latent == "gaussian" else cfg.categories
+
+
+class StandardPrior(nn.Module):
+    """N(0, 1) for every latent, or equal chances, whatever u is: a VAE's prior."""
+
+    def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.kind = cfg, "N(0,1)" if cfg.model == "vae" else cfg.prior
-        self.n_out = 2 if cfg.latent == "gaussian" else cfg.categories # numbers per latent
-        k = {"N(0,1)": 0, "full": cfg.n_factors}.get(self.kind, min(cfg.n_factors, cfg.latent_dim))
-        self.n_seen, self.learned = k, self.kind not in ("N(0,1)", "known")   # sees k factors of u
-        if self.learned:                                               # networks, latents they tell
-            groups, n = {"full": (1, cfg.latent_dim), "diagonal": (k, k)}[self.kind]
-            h, n_in = hidden * max(2, groups), k * (1 if cfg.u == "var" else 2)
-            self.net = nn.Sequential(nn.Conv1d(n_in, h, 1, groups=groups), nn.SiLU(),
-                                     nn.Conv1d(h, h, 1, groups=groups), nn.SiLU(),
-                                     nn.Conv1d(h, n * self.n_out, 1, groups=groups))
+        self.cfg = cfg
 
     def forward(self, u):
-        u = u.float().unflatten(1, (-1, self.cfg.n_factors))[:, :, :self.n_seen]  # (B, 1 or 2, n)
-        mu = torch.zeros_like(u[:, 0]) if self.cfg.u == "var" else u[:, 1]     # m: (B, n)
-        logvar = (1 - u[:, 0]) * math.log(self.cfg.u_scale)            # 2 log s, see Data.draw
-        if self.learned:                                               # u sorted by factor, as the
-            h = self.net(u.transpose(1, 2).flatten(1).unsqueeze(2))    # groups are: (B, n n_out, 1)
-            h = h.float().view(len(u), -1, self.n_out)
-        elif self.cfg.latent == "gaussian":
-            h = torch.stack([mu, logvar], dim=2)
+        nothing = torch.zeros(len(u), 0, numbers_per_latent(self.cfg), device=u.device)
+        return prior_distribution(self.cfg, nothing)
+
+
+class KnownPrior(nn.Module):
+    """z_i ~ N(m_i, s_i^2), factor i's own centre and scale read off u; nothing is learned.
+
+    Categories get that density at L places over [-1, 1]. Latents without a factor: N(0, 1).
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+
+    def forward(self, u):
+        log_s, m = unpack_u(u, self.cfg)
+        log_s = log_s[:, :self.cfg.latent_dim, None]           # (B, n, 1)
+        m = m[:, :self.cfg.latent_dim, None]
+
+        if self.cfg.latent == "gaussian":
+            h = torch.cat([m, 2 * log_s], dim=2)               # (B, n, 2)
         else:
-            grid = torch.linspace(-1, 1, self.n_out, device=u.device)
-            h = -0.5 * (grid - mu[:, :, None]).square() / logvar[:, :, None].exp()
-        h = F.pad(h, (0, 0, 0, self.cfg.latent_dim - h.shape[1]))      # (B, D, 2 or L)
-        if self.cfg.latent != "gaussian":
-            return h,
-        mu, logvar = h.unbind(dim=2)                                   # (B, D) each
-        fixed = self.cfg.u == "var" and self.kind != "full"            # or z_i learns |g_i| alone
-        return torch.zeros_like(mu) if fixed else mu, logvar
+            place = torch.linspace(-1, 1, self.cfg.categories, device=u.device)
+            h = -0.5 * ((place - m) / log_s.exp()).square()    # (B, n, L)
+        return prior_distribution(self.cfg, h)
+
+
+class DiagonalPrior(nn.Module):
+    """A small network per latent i, which sees u's entries for factor i alone.
+
+    Means are 0 if u has none: a learned one lets z_i fold, telling |g_i| alone. Latents without a
+    factor: N(0, 1).
+    """
+
+    def __init__(self, cfg, hidden=64):
+        super().__init__()
+        self.cfg = cfg
+        self.n = min(cfg.n_factors, cfg.latent_dim)            # networks, as groups of channels
+        entries = 1 if cfg.u == "var" else 2                   # of u, for each factor
+        h = self.n * hidden
+        n_out = self.n * numbers_per_latent(cfg)
+        self.net = nn.Sequential(
+            nn.Conv1d(self.n * entries, h, 1, groups=self.n),
+            nn.SiLU(),
+            nn.Conv1d(h, h, 1, groups=self.n),
+            nn.SiLU(),
+            nn.Conv1d(h, n_out, 1, groups=self.n))
+
+    def forward(self, u):
+        u = u.float().unflatten(1, (-1, self.cfg.n_factors))   # (B, 1 or 2, K)
+        by_factor = u[:, :, :self.n].transpose(1, 2)           # (B, n, 1 or 2)
+        h = self.net(by_factor.flatten(1).unsqueeze(2))        # (B, n * (2 or L), 1)
+        h = h.view(len(u), self.n, -1)
+
+        if self.cfg.u == "var" and self.cfg.latent == "gaussian":
+            h = F.pad(h[:, :, 1:], (1, 0))                     # means of 0
+        return prior_distribution(self.cfg, h)
+
+
+class FullPrior(nn.Module):
+    """One network over all of u for the means and log-variances of all latents: the paper's."""
+
+    def __init__(self, cfg, hidden=128):
+        super().__init__()
+        self.cfg = cfg
+        n_in = cfg.n_factors if cfg.u == "var" else 2 * cfg.n_factors
+        n_out = cfg.latent_dim * numbers_per_latent(cfg)
+        self.net = nn.Sequential(
+            nn.Linear(n_in, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, n_out))
+
+    def forward(self, u):
+        h = self.net(u.float())                                # (B, D * (2 or L))
+        h = h.unflatten(1, (self.cfg.latent_dim, -1))
+        return prior_distribution(self.cfg, h)
+
+
+PRIORS.update(known=KnownPrior, diagonal=DiagonalPrior, full=FullPrior)
+
 
 # ---- Score U-Net ----
+
 class ResBlock(nn.Module):
     """Residual block whose second group norm is scaled and shifted by the embedding of t and z."""
+
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(8, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.mod = nn.Linear(c_emb, 2 * c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)                              # starts near its skip
+        nn.init.zeros_(self.conv2.weight)                      # so that it starts near its skip
 
     def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x)))                          # (B, F, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))                  # (B, F, H, W)
         scale, shift = self.mod(emb)[..., None, None].chunk(2, dim=1)  # (B, F, 1, 1) each
         h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(h))
 
+
 class ScoreUNet(nn.Module):
-    """x_t (B, C, H, W), t (B,), z (B, D), x_hat like x_t -> what cfg.predict names, like x_t,
-    float32. A U-Net on a space-to-depth stem, halved down to image_size / 16; z and t enter every
-    block, and unless cfg.condition is z, the decoder's x_hat is seen too (Pandey et al. 2022)."""
+    """A bare network: x_t (B, C, H, W), t (B,), z (B, D), x_hat like x_t -> like x_t, float32.
+
+    A U-Net on a space-to-depth stem, halved down to image_size / 16; z and t enter every block.
+    What its output means is up to IDiff.denoise. Unless the output is the noise it sees the
+    decoder's image x_hat, too (Pandey et al. 2022).
+    """
+
     def __init__(self, cfg):
         super().__init__()
-        f, c = cfg.unet_width, cfg.image_channels
-        self.patch, self.n_freq, c_emb, self.sde = cfg.patch, f // 2, 4 * f, VPSDE()
-        self.predicts_x, self.sees_x_hat = cfg.predict == "x", cfg.condition == "z+decoder"
-        self.time = nn.Sequential(nn.Linear(f, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.latent = nn.Sequential(nn.Linear(7 * cfg.z_dim, c_emb), nn.SiLU(),
-                                    nn.Linear(c_emb, c_emb))
+        f = cfg.unet_width
+        c = cfg.image_channels
+        c_emb = 4 * f
+        self.patch = cfg.patch
+        self.n_freq = f // 2
+        self.sees_x_hat = cfg.predict != "eps"
+        self.time = nn.Sequential(
+            nn.Linear(f, c_emb),
+            nn.SiLU(),
+            nn.Linear(c_emb, c_emb))
+        self.latent = nn.Sequential(
+            nn.Linear(7 * cfg.z_dim, c_emb),
+            nn.SiLU(),
+            nn.Linear(c_emb, c_emb))
+
+        # the stem
         c_seen = 2 * c if self.sees_x_hat else c
         self.conv_in = nn.Conv2d(c_seen * cfg.patch**2, f, 3, padding=1)
+
+        # down and halve run from the stem inwards, grow and up back out
+        self.down = nn.ModuleList()
+        self.halve = nn.ModuleList()
+        self.grow = nn.ModuleList()
+        self.up = nn.ModuleList()
         widths = [f] + [2 * f] * cfg.halvings
-        self.down, self.halve, self.grow, self.up = (nn.ModuleList() for _ in range(4))
-        for w, w_next in zip(widths, widths[1:]):                      # up and grow from the inside
+        for w, w_next in zip(widths, widths[1:]):
             self.down.append(ResBlock(w, w, c_emb))
-            self.halve.append(nn.Conv2d(w, w_next, 3, 2, 1))
+            self.halve.append(nn.Conv2d(w, w_next, 3, stride=2, padding=1))
             self.grow.insert(0, nn.Conv2d(w_next, w, 3, padding=1))
             self.up.insert(0, ResBlock(2 * w, w, c_emb))
-        self.middle = nn.ModuleList(ResBlock(widths[-1], widths[-1], c_emb) for _ in range(2))
-        self.start = nn.Linear(c_emb, widths[-1] * (cfg.image_size // 16)**2)  # coarse picture of z
-        self.norm, self.head = nn.GroupNorm(8, f), Head(f, c_seen, c, c_emb, cfg.patch)
+
+        # the coarsest level
+        w = widths[-1]
+        self.middle = nn.ModuleList([ResBlock(w, w, c_emb),
+                                     ResBlock(w, w, c_emb)])
+        self.start = nn.Linear(c_emb, w * (cfg.image_size // 16)**2)   # a coarse picture of z
+
+        self.norm = nn.GroupNorm(8, f)
+        self.head = Head(f, c_seen, c, c_emb, cfg.patch)
 
     def forward(self, x_t, t, z, x_hat):
+        # embedding of t and z
         freq = 1e-4 ** (torch.arange(self.n_freq, device=t.device) / self.n_freq)
-        angle = 1000 * t.float()[:, None] * freq                       # (B, F / 2)
-        emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.latent(fourier(z)))
-        seen = torch.cat([x_t, x_hat], 1) if self.sees_x_hat else x_t
-        h, skips = self.conv_in(F.pixel_unshuffle(seen, self.patch)), []
+        angle = 1000 * t.float()[:, None] * freq               # (B, F / 2)
+        wave = torch.cat([angle.sin(), angle.cos()], dim=1)    # (B, F)
+        emb = F.silu(self.time(wave) + self.latent(fourier(z)))        # (B, E)
+
+        # down, keeping each level's features
+        seen = torch.cat([x_t, x_hat], dim=1) if self.sees_x_hat else x_t
+        h = self.conv_in(F.pixel_unshuffle(seen, self.patch))
+        skips = []
         for block, halve in zip(self.down, self.halve):
-            skips.append(block(h, emb))
-            h = halve(skips[-1])
+            h = block(h, emb)
+            skips.append(h)
+            h = halve(h)
+
+        # the coarsest level
         h = h + self.start(emb).view(h.shape)
         for block in self.middle:
             h = block(h, emb)
+
+        # up, beside the features of the way down
         for grow, block in zip(self.grow, self.up):
             h = grow(F.interpolate(h, scale_factor=2))
-            h = block(torch.cat([h, skips.pop()], 1), emb)
-        h = self.head(F.silu(self.norm(h)), emb, seen)                 # (B, C, H, W)
-        keep = 1 / (1 + (self.sde.sigma(t) / 0.02).square()).view(-1, 1, 1, 1)
-        return keep * x_t + (1 - keep) * h if self.predicts_x else h       # x_t if noise is faint
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.head(F.silu(self.norm(h)), emb, seen)      # (B, C, H, W)
+
 
 # ---- VP-SDE and samplers ----
 class VPSDE:
@@ -380,88 +680,101 @@ def invert(eps_fn, x, ts, sde):
     ts in either order: sample_dpmpp on the same grid returns to x. Others invert by ts.flip(0)."""
     return sample_dpmpp(eps_fn, x, ts.sort().values, sde)
 
-# ---- Losses ----
-def kl_loss(mu_q, logvar_q, mu_p, logvar_p):
-    """KL(q(z|x) || p(z|u)) of diagonal Gaussians, in nats: sum over D, mean over B.
-    All arguments: (B, D); logvar is the natural log of the variance. Returns shape ().
-    Source: L_KL of Eq. 2."""
-    ratio = (logvar_q - logvar_p).exp() + (mu_q - mu_p).square() * (-logvar_p).exp()
-    return 0.5 * (ratio - 1 - logvar_q + logvar_p).sum(dim=1).mean()
 
-def kl_categorical(q, p):
-    """KL of independent categorical latents, in nats, as kl_loss, of logits q and p (B, D, L)."""
-    q, p = q.log_softmax(dim=2), p.log_softmax(dim=2)
-    return (q.exp() * (q - p)).sum(dim=(1, 2)).mean()
+# ---- The model ----
 
-def moments(logits):
-    """Mean and log-variance of the index (B, D), scaled to [-1, 1], that logits (B, D, L) have."""
-    p, grid = logits.softmax(dim=2), torch.linspace(-1, 1, logits.shape[2], device=logits.device)
-    mean = p @ grid                                                    # (B, D)
-    return mean, (p @ grid.square() - mean.square()).clamp(min=1e-6).log()
-
-def sample_latents(q, kind, temperature):
-    """z (B, D) of q's mean and log-variance, or (B, D L) of its logits: relaxed one-hot codes;
-    under "st" one-hot codes with the relaxed ones' gradient. Source: Jang et al. 2017."""
-    if kind == "gaussian":
-        return q[0] + (0.5 * q[1]).exp() * torch.randn_like(q[0])
-    return F.gumbel_softmax(*q, temperature, hard=kind == "st").flatten(1)
-
-def kl_terms(cfg, q, p):
-    """The terms of KL, a dict, from what encoder and prior return; see losses."""
-    def scaled(side, share):                                           # the gradient alone
-        return [share * h + (1 - share) * h.detach() for h in side]
-    q, p = scaled(q, 2 - 2 * cfg.kl_balance), scaled(p, 2 * cfg.kl_balance)
-    (mu_q, _), (mu_p, logvar_p) = (q, p) if cfg.latent == "gaussian" else (moments(*q), moments(*p))
-    kl = kl_loss if cfg.latent == "gaussian" else kl_categorical
-    return {"kl": kl(*q, *p), "kl_reverse": kl(*p, *q),
-            "kl_mean": kl_loss(mu_q, logvar_p, mu_p, logvar_p)}        # the part that means make
-
-def losses(model, x, u, t, eps):
-    """The terms of Eq. 2, unweighted, as a dict of float32 scalars: ddpm, rec, kl, and two more.
-    x: (B, C, H, W); u: (B, U); t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all B
-    images, the decoder the first cfg.rec_images, the U-Net the first b. "ddpm" (Eq. 3 with
-    lambda(t) = sigma^2) is the mean squared error of the noise estimate, or of what cfg.weight
-    names; without a U-Net or without t there is no such term. "kl_mean" is the part of KL that
-    means make, half the sum of (mu_q - mu_p)^2 / var_p; "kl_reverse" is KL(p || q)."""
-    cfg, b, r = model.cfg, len(t), model.cfg.rec_images or len(x)
-    q = model.encoder(x)
-    z = sample_latents(q, cfg.latent, model.temperature)               # (B, D) or (B, D L)
-    x_hat = model.decoder(z[:max(r, b)])                               # (max(r, b), C, H, W)
-    terms = {"rec": (x_hat[:r] - x[:r]).square().mean(), **kl_terms(cfg, q, model.prior(u))}
-    if model.unet is not None and b:
-        x = x[:b]
-        alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (model.sde.alpha, model.sde.sigma))
-        target = {"eps": eps, "v": alpha * eps - sigma * x, "x": x}[cfg.predict]
-        x_t = model.sde.add_noise(x, eps, t)
-        error = model.unet(x_t, t, z[:b], x_hat[:b].detach()) - target  # (b, C, H, W)
-        to_x = {"eps": sigma / alpha, "v": sigma, "x": 1}              # what an error costs x
-        terms["ddpm"] = (error * (to_x[cfg.predict] / to_x[cfg.weight])).square().mean()
-    return terms
-
-# ---- The model and its checkpoint ----
 class IDiff(nn.Module):
     """The joint model of Eq. 2. cfg.model "vae" and "ivae" have no U-Net (unet is None)."""
+
+    FAINT = 0.02        # below about this sigma an x-predicting U-Net is bypassed: x_t is the image
+
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.info, self.sde, self.temperature = cfg, {}, VPSDE(), 0.3   # of gumbel
-        self.encoder, self.prior, self.decoder = Encoder(cfg), Prior(cfg), Decoder(cfg)
+        self.cfg = cfg
+        self.info = {}                                         # where a checkpoint comes from
+        self.sde = VPSDE()
+        self.encoder = Encoder(cfg)
+        self.prior = StandardPrior(cfg) if cfg.model == "vae" else PRIORS[cfg.prior](cfg)
+        self.decoder = Decoder(cfg)
         self.unet = ScoreUNet(cfg) if cfg.model == "idiff" else None
+
+    def forward(self, x, u, t, eps, n_rec=None):
+        """The unweighted terms of Eq. 2 and those beyond it, a dict of float32 scalars.
+
+        x: (B, C, H, W); u: (B, U); t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all
+        B images, the decoder the first n_rec (None: all), the U-Net the first b.
+
+        rec is the mean squared error of the decoder, kl the KL(q(z|x) || p(z|u)). ddpm (Eq. 3 with
+        lambda(t) = sigma^2) is the mean squared error of the noise estimate, or, where the U-Net
+        predicts the image, of that; without a U-Net or without t there is no such term. Terms
+        beyond the paper are there if their weight is not 0: kl_reverse, KL(p || q); kl_mean.
+        """
+        cfg = self.cfg
+        n_rec = n_rec or len(x)
+        n_ddpm = len(t)
+
+        # iVAE: every image is encoded, the first ones are decoded
+        q = self.encoder(x)                                    # over (B, D)
+        p = self.prior(u)                                      # over (B, D)
+        z = q.rsample().flatten(1)                             # (B, D) or (B, D L)
+        x_hat = self.decoder(z[:max(n_rec, n_ddpm)])
+
+        error = x_hat[:n_rec] - x[:n_rec]
+        terms = {"rec": error.square().mean(),
+                 "kl": balanced_kl(q, p, cfg.kl_balance)}
+        if cfg.kl_reverse:
+            terms["kl_reverse"] = balanced_kl(p, q, 1 - cfg.kl_balance)
+        if cfg.kl_mean:
+            terms["kl_mean"] = kl_of_means(q, p)
+
+        # diffusion: the decoder is not to learn from it, the encoder is
+        if self.unet is not None and n_ddpm:
+            x = x[:n_ddpm]
+            x_t = self.sde.add_noise(x, eps, t)
+            x_0 = self.denoise(x_t, t, z[:n_ddpm], x_hat[:n_ddpm].detach())
+            error = x_0 - x                                    # (b, C, H, W)
+            if cfg.predict == "eps":
+                alpha, sigma = self.alpha_sigma(t)
+                error = error * alpha / sigma                  # of x_0 to that of eps
+            terms["ddpm"] = error.square().mean()
+        return terms
+
+    def alpha_sigma(self, t):
+        """alpha(t) and sigma(t), (B, 1, 1, 1) each, of times (B,): x_t = alpha x + sigma eps."""
+        alpha = self.sde.alpha(t)
+        sigma = self.sde.sigma(t)
+        return alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+
+    def denoise(self, x_t, t, z, x_hat):
+        """The clean image (B, C, H, W) that the U-Net believes in, E[x | x_t, z] for the best one.
+
+        x_t: (B, C, H, W); t: (B,); z: (B, D), or one-hot codes; x_hat: the decoder's image of z.
+        """
+        alpha, sigma = self.alpha_sigma(t)
+        out = self.unet(x_t, t, z, x_hat)                      # (B, C, H, W)
+
+        # the network's output is the noise
+        if self.cfg.predict == "eps":
+            return (x_t - sigma * out) / alpha
+
+        # it is the image, but where the noise is faint
+        keep = 1 / (1 + (sigma / self.FAINT).square())
+        return keep * x_t + (1 - keep) * out
 
     def encode(self, x):
         """Mean and log-variance of q(z|x), (B, D) each, of images x (B, C, H, W) in [-1, 1].
-        Of categorical latents: the likeliest category's index, and the index's log-variance."""
-        want = (self.cfg.image_channels, self.cfg.image_size, self.cfg.image_size)
-        if x.dim() != 4 or x.shape[1:] != want:
-            raise ValueError(f"images must be (B, {', '.join(map(str, want))}), got "
-                             f"{tuple(x.shape)}. Resize them to what the model was trained on.")
-        if self.cfg.latent == "gaussian":
-            return self.encoder(x)
-        logits, = self.encoder(x)
-        scale = 2 * math.log((self.cfg.categories - 1) / 2)            # from [-1, 1] to indices
-        return logits.argmax(dim=2).to(x), moments(logits)[1] + scale
 
-    def one_hot(self, z):
-        """What the networks see of z (B, D): z itself, or its categories' one-hot codes."""
+        Of categorical latents: the likeliest category's index, and the index's log-variance.
+        """
+        cfg = self.cfg
+        wanted = (cfg.image_channels, cfg.image_size, cfg.image_size)
+        if x.dim() != 4 or x.shape[1:] != wanted:
+            raise ValueError(f"images must be (B, {', '.join(map(str, wanted))}), got "
+                             f"{tuple(x.shape)}. Resize them to what the model was trained on.")
+        return self.encoder(x).code()
+
+    def embed(self, z):
+        """What the networks see of codes z (B, D): z itself, or its categories' one-hot codes."""
         if self.cfg.latent == "gaussian":
             return z
         index = z.round().long().clamp(0, self.cfg.categories - 1)
@@ -471,30 +784,40 @@ class IDiff(nn.Module):
         """The decoder's images (B, C, H, W) of latents z (B, D)."""
         if z.dim() != 2 or z.shape[1] != self.cfg.latent_dim:
             raise ValueError(f"z must be (B, {self.cfg.latent_dim}), got {tuple(z.shape)}.")
-        return self.decoder(self.one_hot(z))
+        return self.decoder(self.embed(z))
 
     def eps_fn(self, z):
         """The noise estimate eps_fn(x, t) given latents z (B, D), for samplers and invert."""
         if self.unet is None:
             raise ValueError(f"model {self.cfg.model!r} has no diffusion U-Net to sample from. "
                              "Use decode, or train with --model idiff.")
-        x_hat, z = self.decode(z), self.one_hot(z)
-        def eps_fn(x, t):
-            alpha, sigma = (c(t).view(-1, 1, 1, 1) for c in (self.sde.alpha, self.sde.sigma))
-            predicted = self.unet(x, t, z, x_hat)
-            return {"eps": predicted, "v": sigma * x + alpha * predicted,
-                    "x": (x - alpha * predicted) / sigma}[self.cfg.predict]
+        x_hat = self.decode(z)
+        z = self.embed(z)
+
+        def eps_fn(x_t, t):
+            alpha, sigma = self.alpha_sigma(t)
+            x_0 = self.denoise(x_t, t, z, x_hat)
+            return (x_t - alpha * x_0) / sigma
         return eps_fn
 
     @torch.no_grad()
     def sample(self, z, start, steps=20, sampler="dpmpp", noise=None):
         """Images (B, C, H, W) in [-1, 1] from latents z (B, D) and start, the noise at t = 1.
-        steps: on a grid uniform in log-SNR; noise: for stochastic samplers, see seeded_noise."""
+
+        steps: on a grid uniform in log-SNR; noise: for stochastic samplers, see seeded_noise.
+        """
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
-        eps_fn, ts = self.eps_fn(z), time_grid(steps, self.sde).to(start)
-        x = SAMPLERS[sampler](eps_fn, start, ts, self.sde, noise)      # then from 1e-3 to 0 by x_0
-        return x0_from_eps(x, eps_fn(x, ts[-1].expand(len(x))), ts[-1], self.sde).clamp(-1, 1)
+        eps_fn = self.eps_fn(z)
+        ts = time_grid(steps, self.sde).to(start)
+        x = SAMPLERS[sampler](eps_fn, start, ts, self.sde, noise)
+
+        # the samplers end at t = 1e-3, where 1 % of noise is left
+        eps_hat = eps_fn(x, ts[-1].expand(len(x)))
+        return x0_from_eps(x, eps_hat, ts[-1], self.sde).clamp(-1, 1)
+
+
+# ---- Checkpoints ----
 
 def save_checkpoint(path, model, ema, **state):
     """Write config, weights, averaged weights (module ema) and state to path, or nothing."""
@@ -507,9 +830,31 @@ def save_checkpoint(path, model, ema, **state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:                           # the latter is torch's
+    except (OSError, RuntimeError) as error:                   # torch's are RuntimeErrors
         partial.unlink(missing_ok=True)
-        raise OSError(f"'{path}' not written, what it held is kept: {error.__context__ or error}")
+        reason = error.__context__ or error
+        raise OSError(f"'{path}' not written, what it held is kept: {reason}")
+
+
+def check_content(content):
+    """ValueError, or what torch raises, unless a checkpoint's content is whole and safe to use."""
+    if content["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}")
+    if not isinstance(content["info"], dict):
+        raise ValueError("its info is no dict")
+    json.dumps(content["info"])                                # a TypeError if not plain values
+
+    with torch.device("meta"):                                 # takes no memory
+        model = IDiff(Config(**content["config"]))
+    check_memory(sum(tensor.nbytes for tensor in model.state_dict().values()))
+
+    for weights in (content["model"], content["ema"]):
+        # strict, each name and shape; dict(), for torch notes assign=True in what it is given
+        model.load_state_dict(dict(weights), assign=True)
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite")
+
 
 def read_checkpoint(path, device="cpu"):
     """The dict that save_checkpoint wrote. FileNotFoundError or ValueError, in one line, if not."""
@@ -517,23 +862,16 @@ def read_checkpoint(path, device="cpu"):
         raise FileNotFoundError(f"checkpoint not found: '{path}'. Train one with \"python "
                                 "train.py\", or pass the path it printed at its end.")
     try:
-        check_memory(sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()))
-        content = torch.load(path, map_location=device, weights_only=True)   # runs no code
-        if content["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}")
-        json.dumps(dict(**content["info"]))                            # fails if not plain values
-        with torch.device("meta"):                                     # takes no memory
-            wanted = IDiff(Config(**content["config"])).state_dict()
-        for weights in (content["model"], content["ema"]):
-            for name, p in (wanted | weights).items():
-                if (p.shape, p.dtype) != (wanted[name].shape, torch.float32) or (
-                        p.nbytes > p.untyped_storage().nbytes() or not p.isfinite().all()):
-                    raise ValueError(f"{name} does not fit, or is not finite float32 numbers")
-    except Exception as error:                                         # many kinds, none the user's
+        with zipfile.ZipFile(path) as archive:
+            check_memory(sum(entry.file_size for entry in archive.infolist()))
+        content = torch.load(path, map_location=device, weights_only=True)     # runs no code
+        check_content(content)
+    except Exception as error:                                 # many kinds, none the user's
         reason = " ".join(f"{type(error).__name__}, {error}".split(". ")[0].split())[:200]
         raise ValueError(f"'{path}' is not an iDiff checkpoint of this version, or is damaged: "
                          f"{reason}. Train it again, or pass another.") from None
     return content
+
 
 def load_checkpoint(path, device="cpu"):
     """The IDiff model, with model.cfg and model.info, in eval mode with averaged (EMA) weights."""
@@ -543,258 +881,448 @@ def load_checkpoint(path, device="cpu"):
     model.info = content["info"]
     return model.eval().requires_grad_(False)
 
-# ---- Data ----
-# Cube, cylinder, sphere, capsule: within radius of a core. (half width, half height, radius)
-SHAPES = ((0.46, 0.46, 0.03), (0.46, 0.46, 0.03), (0.0, 0.0, 0.56), (0.0, 0.24, 0.40))
-LIGHT = torch.tensor([-0.34, -0.49, 0.80])[:, None]          # unit vector towards the light
-
-def length(v):
-    return (v * v).sum(dim=0).sqrt()                                   # (3, ...) -> (...)
-
-def shape_distance(p, shape):
-    """Signed distance (...) of points p (3, ...) to the shape, and a vector along its normal."""
-    width, height, radius = SHAPES[shape]
-    xy, z = p[:2], p[2:]
-    core = (xy.clamp(-width, width) if shape == 0 else
-            xy * (width / length(xy).clamp(min=1e-6)).clamp(max=1))
-    offset = p - torch.cat((core, z.clamp(-height, height)))
-    return length(offset) - radius, offset
-
-def camera_rays(angles, side):
-    """Eyes (3, A, 1) and unit rays (3, A, side²) of cameras around the object at A angles."""
-    radius, height, pitch, view = 2.5, 1.62, 0.41, 0.53      # view: tangent of half the field
-    sin, cos = angles.sin()[:, None], angles.cos()[:, None]
-    grid = ((torch.arange(side) + 0.5) / side * 2 - 1) * view
-    right, down = grid.repeat(side), grid.repeat_interleave(side)
-    ahead = math.cos(pitch) - down * math.sin(pitch)         # along the floor
-    up = (-math.sin(pitch) - down * math.cos(pitch)).expand(len(angles), -1)
-    rays = torch.stack((right * cos - ahead * sin, right * sin + ahead * cos, up))
-    eyes = torch.stack((radius * sin, -radius * cos, torch.full_like(sin, height)))
-    return eyes, rays / length(rays)
-
-def render_room(eyes, rays, half=2.7):
-    """Points (3, A, P) where rays leave the empty room, whether on the floor, and shade."""
-    t_wall, axis = ((half * rays[:2].sign() - eyes[:2]) / rays[:2]).min(dim=0)
-    t_floor = torch.where(rays[2] < 0, -eyes[2] / rays[2], math.inf)
-    point = eyes + rays * torch.minimum(t_wall, t_floor)
-    side = torch.where(rays[0] > 0, 0.74, 0.60)              # the right wall is lit, the left not
-    wall = torch.where(axis == 1, 0.86, side)
-    gap = torch.cat((half - point[:2].abs(), point[2:])).sort(dim=0).values[1]
-    edge = 1 - 0.22 * (-gap / 0.35).exp()                    # darker where two planes meet
-    return point, t_floor < t_wall, torch.where(t_floor < t_wall, 0.90, wall) * edge
-
-def floor_light(p, shape):
-    """Share of light (M) that reaches floor points p (3, M): soft shadow times contact."""
-    ts = torch.linspace(0.05, 2.0, 12)
-    seen = [shape_distance(p + t * LIGHT, shape)[0] / (0.3 * t) for t in ts]
-    seen = torch.stack(seen).amin(dim=0).clamp(0, 1)
-    contact = (shape_distance(p, shape)[0] / 0.45).clamp(0, 1)
-    return (0.55 + 0.45 * seen * seen * (3 - 2 * seen)) * (0.75 + 0.25 * contact.sqrt())
-
-def render_object(eye, ray, shape):
-    """Whether rays (3, M) from eye (3, M) meet the shape, its shade and its highlight (M)."""
-    p = eye - ray * ((eye * ray).sum(dim=0) + 0.85)          # enter the bounding sphere
-    for _ in range(28):
-        p = p + ray * shape_distance(p, shape)[0]
-    gap, normal = shape_distance(p, shape)
-    normal = normal / length(normal)
-    shade = 0.42 + 0.52 * (normal * LIGHT).sum(dim=0).clamp(min=0) + 0.10 * normal[2]
-    half = (LIGHT - ray) / length(LIGHT - ray)               # Blinn's half vector
-    shine = (normal * half).sum(dim=0).clamp(min=0) ** 60
-    return gap < 0.01, shade, 0.55 * shine
-
-def render_shapes3d(size=64, device="cpu"):
-    """Shade of floor, walls and object, and white light, (480, 4, size, size) uint8.
-    480 geometries: 8 scales, 4 shapes, 15 orientations, row-major. Sphere tracing (Hart 1996)."""
-    eyes, rays = camera_rays(torch.linspace(-30, 30, 15).deg2rad(), 2 * size)
-    point, on_floor, room = render_room(eyes, rays)
-    empty = torch.stack((room * on_floor, room * ~on_floor, 0 * room, 0 * room))  # (4, A, P)
-    scale = torch.linspace(0.75, 1.25, 8)[:, None, None]
-    ray, planes = rays[:, None].expand(-1, 8, -1, -1), []    # (3, 8, A, P)
-    for shape, (_, height, radius) in enumerate(SHAPES):
-        centre = torch.tensor([0, 0, height + radius])[:, None, None, None]
-        p, eye = point[:, None] / scale - centre, eyes[:, None] / scale - centre
-        image = empty[:, None].repeat(1, 8, 1, 1)            # (4, 8, A, P)
-        near = on_floor & ((p * p).sum(dim=0) < 2.2 ** 2)
-        image[0, near] *= floor_light(p[:, near], shape)
-        near = (eye * eye).sum(dim=0) - (eye * ray).sum(dim=0) ** 2 < 0.85 ** 2
-        hit, shade, shine = render_object(eye.expand_as(ray)[:, near], ray[:, near], shape)
-        front = torch.stack((0 * shade, 0 * shade, shade, shine))
-        image[:, near] = torch.where(hit, front, image[:, near])
-        image = image.permute(1, 2, 0, 3).reshape(-1, 4, 2 * size, 2 * size)
-        image = F.avg_pool2d(image, 2).clamp(0, 1).mul(255).round().to(torch.uint8)
-        planes.append(image.unflatten(0, (8, 15)))
-    return torch.stack(planes, dim=1).flatten(0, 2).to(device)
-
-class Data:
-    """Images on a device, by row, and the modulated draw of rows and u. sizes: {factor's name: how
-    many values}; images: function rows (B,) -> (B, C, S, S) in [-1, 1], S a multiple of 16;
-    factors: (N, K) int64, one row per image, or None for the full factor grid, row-major."""
-    def __init__(self, name, sizes, image_shape, images, device, factors=None):
-        self.name, self.factor_names, self.factor_sizes = name, tuple(sizes), tuple(sizes.values())
-        self.image_shape, self.images, self.device, self.table = image_shape, images, device, None
-        if max(self.factor_sizes) > 1000 or math.prod(self.factor_sizes) >= 2**63:
-            raise ValueError(f"1,000 values a factor, 2^63 in all at most: {self.factor_sizes}")
-        self.sizes = torch.tensor(self.factor_sizes, device=device)
-        self.strides = self.sizes.flip(0).cumprod(0).flip(0) // self.sizes
-        self.varied = (self.sizes > 1).nonzero().flatten()             # the factors that u tells of
-        value = torch.arange(max(self.factor_sizes), device=device)    # (V,)
-        self.grid = 2 * value / (self.sizes[:, None] - 1).clamp(min=1) - 1  # (K, V) over [-1, 1]
-        self.exists = value < self.sizes[:, None]                      # (K, V)
-        if factors is not None:
-            self.table = factors.to(device)
-            self.numbers, self.order = (self.table * self.strides).sum(1).sort()   # on the grid
-
-    def __len__(self):
-        return math.prod(self.factor_sizes) if self.table is None else len(self.table)
-
-    def factors(self, rows):
-        """(B, K) int64, the index of each factor's value, of rows (B,)."""
-        grid = self.table is None
-        return rows[:, None] // self.strides % self.sizes if grid else self.table[rows]
-
-    def draw(self, n, generator, u="mean+var", u_scale=0.3):
-        """Rows (n,) of one modulated draw, and u (n, U).
-        Each draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, 0 or, with
-        "mean+var", uniform in [-1, 1]. A value g of the grid has probability ∝ exp(-((g - m) / s)^2
-        / 2), in a grid with gaps among the values still left. u: log s scaled to [-1, 1], any m."""
-        a, b = torch.rand(2, n, len(self.sizes), generator=generator, device=self.device)
-        log_s = a * math.log(u_scale)                                  # (n, K)
-        m = 2 * b - 1 if u == "mean+var" else torch.zeros_like(b)
-        logits = -0.5 * ((self.grid - m[:, :, None]) / log_s.exp()[:, :, None]).square()
-        gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
-        rows = self._pick((logits + gumbel).masked_fill(~self.exists, -math.inf), generator)
-        entries = [1 - 2 * a, m] if u == "mean+var" else [1 - 2 * a]
-        return rows, torch.cat([entry[:, self.varied] for entry in entries], dim=1)
-
-    def _pick(self, scores, generator):
-        """Rows (n,): each factor in turn takes its highest score (n, K, V) among rows left."""
-        if self.table is None:
-            return (scores.argmax(2) * self.strides).sum(1)
-        low = torch.zeros(len(scores), dtype=torch.int64, device=self.device)
-        for k, size in enumerate(self.factor_sizes):
-            edges = low[:, None] + self.strides[k] * torch.arange(size + 1, device=self.device)
-            index = torch.searchsorted(self.numbers, edges)            # (n, size + 1)
-            exists = index.diff(dim=1) > 0
-            value = scores[:, k, :size].masked_fill(~exists, -math.inf).argmax(1)
-            low = low + value * self.strides[k]        # numbers in [low, low + stride) are left
-        first, last = (torch.searchsorted(self.numbers, low + i) for i in (0, 1))
-        step = torch.rand(len(low), generator=generator, device=self.device) * (last - first)
-        return self.order[(first + step.long()).minimum(last - 1)]
-
-SHAPES3D = {"floor hue": 10, "wall hue": 10, "object hue": 10, "scale": 8, "shape": 4,
-            "orientation": 15}
-DSPRITES = {"colour": 1, "shape": 3, "scale": 6, "orientation": 40, "x": 32, "y": 32}
-
-def load_shapes3d(device):
-    """The embedded replica of 3D Shapes (Burgess & Kim 2018): 480,000 images, none stored."""
-    planes = render_shapes3d(device=device)                            # (480, 4, 64, 64) uint8
-    hue = torch.arange(10)[:, None] * 0.6 + torch.tensor([0.0, 4.0, 2.0])  # tenths of the circle
-    palette = ((hue % 6 - 3).abs() - 1).clamp(0.04, 1)                 # (10, 3), HSV to RGB
-    palette = torch.cat([palette, torch.ones(1, 3)]).to(device)        # white for highlights
-    def compose(rows):
-        colours = [rows // 48000, rows // 4800 % 10, rows // 480 % 10, torch.full_like(rows, 10)]
-        rgb = palette[torch.stack(colours, dim=1)].transpose(1, 2)     # (B, 3, 4)
-        x = torch.bmm(rgb, planes[rows % 480].flatten(2).float() / 255)  # (B, 3, H W)
-        return (x.clamp(0, 1) * 2 - 1).unflatten(2, planes.shape[2:])
-    return Data("shapes3d replica", SHAPES3D, (3, 64, 64), compose, device)
-
-def load_dsprites(device):
-    """The embedded replica of dSprites (Matthey et al. 2017): 737,280 images, only -1 and 1.
-    Shapes are square, ellipse and heart; orientation 39 equals 0; no sprite leaves the image."""
-    # Half width, half height, and bend, which pulls an ellipse's sides up to make a heart.
-    sprites = torch.tensor([[9.5, 9.5, 0], [12, 7, 0], [11, 9, 0.7]], device=device)
-    pixel = torch.arange(64, device=device)
-    def compose(rows):
-        _, shape, scale, turn, x, y = data.factors(rows)[..., None, None].unbind(1)  # (B, 1, 1)
-        right, up = pixel - 16 - x, 16 + y - pixel[:, None]            # from the sprite's centre
-        width, height, bend = sprites[shape].unbind(dim=-1)
-        angle, grow = turn % 39 * (2 * math.pi / 39), 0.5 + scale / 10
-        cos, sin = angle.cos() / grow, angle.sin() / grow
-        a = right * (cos / width) + up * (sin / width)                 # (B, 64, 64), sprite's axes
-        b = up * (cos / height) - right * (sin / height)
-        heart = b - bend * (a.abs() - 0.16)
-        inside = torch.where(shape == 0, torch.maximum(a.abs(), b.abs()), a * a + heart * heart) < 1
-        return inside[:, None].float() * 2 - 1
-    data = Data("dsprites replica", DSPRITES, (1, 64, 64), compose, device)
-    return data
 
 def check_memory(need, device=torch.device("cpu")):
     """MemoryError in one line if need bytes do not fit on the device, where the system tells."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    free = math.inf
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    elif device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        _, _, after = Path("/proc/meminfo").read_text().partition("MemAvailable:")
+        free = 1024 * int(after.split()[0])                    # which counts in kB
     if need > 0.9 * free:
         raise MemoryError(f"it needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
                           f"free on {device}. Free some, or take a smaller file.")
 
+
+# ---- Data: the modulated draw ----
+
+class Data:
+    """Images on a device, by row, and the modulated draw of rows and u.
+
+    sizes: {factor's name: how many values}; images: function rows (B,) -> (B, C, S, S) in [-1, 1],
+    S a multiple of 16; factors: (N, K) int64, one row per image, or None for the full factor grid,
+    row-major.
+    """
+
+    def __init__(self, name, sizes, image_shape, images, device, factors=None):
+        self.name = name
+        self.factor_names = tuple(sizes)
+        self.factor_sizes = tuple(sizes.values())
+        self.image_shape = image_shape
+        self.images = images
+        self.device = device
+        if max(self.factor_sizes) > 1000 or math.prod(self.factor_sizes) >= 2**63:
+            raise ValueError(f"1,000 values a factor, 2^63 in all at most: {self.factor_sizes}")
+
+        # a row of the full grid has the number sum of index * stride
+        self.sizes = torch.tensor(self.factor_sizes, device=device)
+        self.strides = self.sizes.flip(0).cumprod(0).flip(0) // self.sizes
+        self.varied = (self.sizes > 1).nonzero().flatten()     # the factors that u tells of
+
+        # each factor's values, spread over [-1, 1]; V is the largest number of values
+        value = torch.arange(max(self.factor_sizes), device=device)            # (V,)
+        last = self.sizes[:, None] - 1                                         # (K, 1)
+        self.grid = 2 * value / last.clamp(min=1) - 1                          # (K, V)
+        self.exists = value <= last                                            # (K, V)
+
+        # a grid with gaps: its rows, sorted by the number they would have on the full grid
+        self.table = None
+        if factors is not None:
+            self.table = factors.to(device)
+            numbers = (self.table * self.strides).sum(dim=1)
+            self.numbers, self.order = numbers.sort()
+
+    def __len__(self):
+        if self.table is None:
+            return math.prod(self.factor_sizes)
+        return len(self.table)
+
+    def factors(self, rows):
+        """(B, K) int64, the index of each factor's value, of rows (B,)."""
+        if self.table is None:
+            return rows[:, None] // self.strides % self.sizes
+        return self.table[rows]
+
+    def draw(self, n, generator, u="mean+var", u_scale=0.3):
+        """Rows (n,) of one modulated draw, and u (n, U).
+
+        Each draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, 0 or, with
+        "mean+var", uniform in [-1, 1]. A value g of the grid has probability ∝ exp(-((g - m) / s)^2
+        / 2), in a grid with gaps among the values still left. u: see pack_u.
+        """
+        shape = (2, n, len(self.sizes))
+        a, b = torch.rand(shape, generator=generator, device=self.device)
+        log_s = a * math.log(u_scale)                                          # (n, K)
+        m = 2 * b - 1 if u == "mean+var" else torch.zeros_like(b)
+
+        # the largest of logits plus Gumbel noise is a draw from their softmax
+        s = log_s.exp()[:, :, None]                                            # (n, K, 1)
+        distance = (self.grid - m[:, :, None]) / s                             # (n, K, V)
+        exponential = torch.empty_like(distance).exponential_(generator=generator)
+        scores = -0.5 * distance.square() - exponential.log()
+        scores = scores.masked_fill(~self.exists, -math.inf)
+        rows = self._pick(scores, generator)
+
+        centres = m[:, self.varied] if u == "mean+var" else None
+        return rows, pack_u(log_s[:, self.varied], centres, u_scale)
+
+    def _pick(self, scores, generator):
+        """Rows (n,): each factor in turn takes its highest score (n, K, V) among rows left.
+
+        On the full grid every combination of values is a row. On a grid with gaps it is not: having
+        chosen the values of the first factors, the rows left are those whose numbers lie in one
+        interval [low, low + stride). Each value of the next factor is a part of that interval, and
+        exists if two binary searches in the sorted numbers find a row in it. So a draw costs K
+        searches, not N comparisons. Rows with equal factors are equally likely.
+        """
+        if self.table is None:
+            return (scores.argmax(dim=2) * self.strides).sum(dim=1)
+
+        low = torch.zeros(len(scores), dtype=torch.int64, device=self.device)
+        for k, size in enumerate(self.factor_sizes):
+            # the edges of this factor's values within the interval, and how many rows lie between
+            value = torch.arange(size + 1, device=self.device)
+            edges = low[:, None] + self.strides[k] * value                     # (n, size + 1)
+            n_rows = torch.searchsorted(self.numbers, edges).diff(dim=1)       # (n, size)
+
+            left = scores[:, k, :size].masked_fill(n_rows == 0, -math.inf)
+            low = low + left.argmax(dim=1) * self.strides[k]
+
+        first = torch.searchsorted(self.numbers, low)
+        last = torch.searchsorted(self.numbers, low + 1)
+        share = torch.rand(len(low), generator=generator, device=self.device)
+        chosen = first + (share * (last - first)).long()
+        return self.order[chosen.minimum(last - 1)]            # share may round up to 1
+
+
+# ---- Data: files ----
+
+def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs: iterable):
+    """The Data of a name in DATA_SETS, or of an .h5 or .npz file.
+
+    Files: the real 3dshapes.h5, the real dSprites .npz, or one's own images (N, H, W, C) uint8 and
+    factors (N, K). progress wraps iterables, as tqdm. OSError, ValueError, MemoryError.
+    """
+    device = torch.device(device)
+    if name in DATA_SETS:
+        return DATA_SETS[name](device)
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"data not found: '{name}'. Pass {', '.join(DATA_SETS)}, or the "
+                                "path of an .h5 or .npz file.")
+    try:
+        return load_file(name, device, progress)
+    except Exception as error:                                 # of zip, h5, pickle: many
+        kind = MemoryError if isinstance(error, MemoryError) else ValueError
+        reason = " ".join(str(error).split())[:200]
+        raise kind(f"'{name}' cannot be used as data: {reason}") from None
+
+
+def load_file(path, device, progress):
+    """Data of the real 3dshapes.h5, the real dSprites .npz, or a file of one's own."""
+    images, labels = read_arrays(path, device, progress)
+    images = images.reshape(*images.shape[:3], -1)             # (N, H, W, C)
+    if len(images) != len(labels) or not labels.size or not np.isfinite(labels).all():
+        raise ValueError(f"needs a row of finite factors per image: {images.shape}, {labels.shape}")
+
+    # any numbers become the indices 0, 1, ... of a factor's values
+    sizes, indices = [], []
+    for column in labels.T:
+        values, index = np.unique(column, return_inverse=True)
+        sizes.append(len(values))
+        indices.append(index)
+    factors = torch.from_numpy(np.stack(indices, axis=1))
+
+    # a known data set is recognised by its sizes
+    named = {f"factor {k}": size for k, size in enumerate(sizes)}
+    for known in (SHAPES3D, DSPRITES):
+        if list(known.values()) == sizes:
+            named = known
+
+    pixels = torch.from_numpy(images).to(device)
+
+    def look_up(rows):
+        return pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
+    height, width, channels = images.shape[1:]
+    image_shape = (channels, height, width)
+    return Data(os.path.basename(path), named, image_shape, look_up, device, factors)
+
+
 def read_arrays(path, device, progress):
     """images (N, H, W[, C]) uint8 and factors (N, K) of an .h5 or .npz file."""
     with open(path, "rb") as file:
-        is_h5 = file.read(8) == b"\x89HDF\r\n\x1a\n"                   # the content decides
+        is_h5 = file.read(8) == b"\x89HDF\r\n\x1a\n"           # the content decides, not the name
     if is_h5:
         import h5py
-    with h5py.File(path) if is_h5 else np.load(path, allow_pickle=False) as arrays:
-        image_key, key = (next((k for k in known if k in arrays), None) for known in
-                          (("images", "imgs"), ("factors", "labels", "latents_classes")))
-        if image_key is None or key is None:
+        arrays = h5py.File(path)
+    else:
+        arrays = np.load(path, allow_pickle=False)
+
+    with arrays:
+        image_key = first_present(arrays, ("images", "imgs"))
+        factor_key = first_present(arrays, ("factors", "labels", "latents_classes"))
+        if image_key is None or factor_key is None:
             raise ValueError(f"needs the arrays images and factors, has {', '.join(arrays)}")
-        check_memory(arrays[image_key].size + arrays[key].nbytes if is_h5 else
-                     sum(entry.file_size for entry in arrays.zip.infolist()), device)
-        images, factors = arrays[image_key], np.asarray(arrays[key])
+
+        if is_h5:
+            need = arrays[image_key].size + arrays[factor_key].nbytes
+        else:
+            need = sum(entry.file_size for entry in arrays.zip.infolist())
+        check_memory(need, device)
+
+        images = arrays[image_key]
+        factors = np.asarray(arrays[factor_key])
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or factors.ndim != 2:
             raise ValueError(f"images must be (N, H, W, C) uint8 and factors (N, K), got "
                              f"{images.shape} {images.dtype} and {factors.shape}")
         if is_h5:
             source, images = images, np.empty(images.shape, np.uint8)
             for i in progress(range(0, len(images), 4096), desc="reading images"):
-                source.read_direct(images, np.s_[i:i + 4096], np.s_[i:i + 4096])
-    if key == "latents_classes" and images.max(initial=0) <= 1:
-        images *= 255                                                  # dSprites stores 0 and 1
+                part = np.s_[i:i + 4096]
+                source.read_direct(images, part, part)
+
+    if factor_key == "latents_classes" and images.max(initial=0) <= 1:
+        images *= 255                                          # dSprites stores 0 and 1
     return images, factors
 
-def load_file(path, device, progress):
-    """Data of the real 3dshapes.h5, the real dSprites .npz, or a file of one's own."""
-    images, labels = read_arrays(path, device, progress)
-    images = images.reshape(*images.shape[:3], -1)                     # (N, H, W, C)
-    if len(images) != len(labels) or not labels.size or not np.isfinite(labels).all():
-        raise ValueError(f"needs a row of finite factors per image: {images.shape}, {labels.shape}")
-    values, index = zip(*(np.unique(column, return_inverse=True) for column in labels.T))
-    sizes, factors = tuple(map(len, values)), torch.from_numpy(np.stack(index, axis=1))
-    names = next((known for known in (SHAPES3D, DSPRITES) if tuple(known.values()) == sizes),
-                 {f"factor {k}": size for k, size in enumerate(sizes)})
-    pixels = torch.from_numpy(images).to(device)
-    return Data(os.path.basename(path), names, (images.shape[3], *images.shape[1:3]),
-                lambda rows: pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, device, factors)
 
-def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs: iterable):
-    """The Data of a name ("shapes3d", "dsprites": embedded replicas) or of an .h5 or .npz file.
-    Files: the real 3dshapes.h5, the real dSprites .npz, or one's own images (N, H, W, C) uint8 and
-    factors (N, K). progress wraps iterables, as tqdm. OSError, ValueError, MemoryError."""
-    device, known = torch.device(device), {"shapes3d": load_shapes3d, "dsprites": load_dsprites}
-    if name in known:
-        return known[name](device)
-    if not os.path.isfile(name):
-        raise FileNotFoundError(f"data not found: '{name}'. Pass {', '.join(known)}, or the path "
-                                "of an .h5 or .npz file.")
-    try:
-        return load_file(name, device, progress)
-    except Exception as error:                                         # of zip, h5, pickle: many
-        kind = MemoryError if isinstance(error, MemoryError) else ValueError
-        reason = " ".join(str(error).split())[:200]
-        raise kind(f"'{name}' cannot be used as data: {reason}") from None
+def first_present(arrays, names):
+    """The first of the names that the file holds, or None."""
+    for name in names:
+        if name in arrays:
+            return name
+
 
 def save_grid(file, images, rows, columns):
     """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""
     from matplotlib.figure import Figure
     n, m = len(columns), len(rows)
-    grid = F.pad((images.float().cpu() * 127.5 + 127.5).clamp(0, 255), (1, 1, 1, 1), value=255)
-    grid = grid.expand(-1, 3, -1, -1).unflatten(0, (m, n)).permute(0, 3, 1, 4, 2)
-    grid = grid.flatten(0, 1).flatten(1, 2).round().byte().numpy()     # (height, width, 3)
-    size = np.array(grid.shape[1::-1]) * max(1, round(128 / images.shape[-1]))
-    axis = Figure(size / 100, dpi=100).add_axes((0, 0, 1, 1), frame_on=False)
+
+    # bytes, each image framed in white
+    pixels = images.float().cpu() * 127.5 + 127.5
+    pixels = pixels.clamp(0, 255).round().byte().expand(-1, 3, -1, -1)
+    pixels = F.pad(pixels, (1, 1, 1, 1), value=255)
+    grid = pixels.unflatten(0, (m, n)).permute(0, 3, 1, 4, 2)  # (m, H, n, W, 3)
+    grid = grid.flatten(0, 1).flatten(1, 2).numpy()            # (m H, n W, 3)
+
+    # whole multiples of a pixel, so that all are shown equally large
+    zoom = max(1, round(128 / images.shape[-1]))
+    height, width, _ = grid.shape
+    figure = Figure((zoom * width / 100, zoom * height / 100), dpi=100)
+    axis = figure.add_axes((0, 0, 1, 1), frame_on=False)
     axis.imshow(grid, interpolation="nearest", aspect="auto", extent=(0, n, m, 0))
+
+    # a label at the middle of each row and column
     axis.set_xticks(np.arange(n) + 0.5, columns, fontsize=12)
     axis.set_yticks(np.arange(m) + 0.5, rows, fontsize=12)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    axis.figure.savefig(file, bbox_inches="tight")
+    figure.savefig(file, bbox_inches="tight")
+
+
+# ---- Appendix: a replica of 3D Shapes ----
+
+SHAPES3D = {"floor hue": 10, "wall hue": 10, "object hue": 10, "scale": 8, "shape": 4,
+            "orientation": 15}
+
+# Cube, cylinder, sphere, capsule: within radius of a core. (half width, half height, radius)
+SHAPES = ((0.46, 0.46, 0.03),
+          (0.46, 0.46, 0.03),
+          (0.0, 0.0, 0.56),
+          (0.0, 0.24, 0.40))
+LIGHT = torch.tensor([-0.34, -0.49, 0.80])[:, None]            # unit vector towards the light
+
+
+def load_shapes3d(device):
+    """The embedded replica of 3D Shapes (Burgess & Kim 2018): 480,000 images, none stored."""
+    planes = render_shapes3d(device=device)                    # (480, 4, 64, 64) uint8
+
+    # ten hues, HSV to RGB, and white for highlights
+    hue = 0.6 * torch.arange(10)[:, None]                      # (10, 1), in sixths of the circle
+    distance = (hue + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3   # of red, green and blue, (10, 3)
+    palette = (distance.abs() - 1).clamp(0.04, 1)
+    palette = torch.cat([palette, torch.ones(1, 3)]).to(device)
+
+    def compose(rows):
+        floor, wall, thing = rows // 48000, rows // 4800 % 10, rows // 480 % 10
+        white = torch.full_like(rows, 10)
+        colours = palette[torch.stack([floor, wall, thing, white], dim=1)]     # (B, 4, 3)
+        shading = planes[rows % 480].flatten(2).float() / 255                  # (B, 4, H W)
+        x = torch.bmm(colours.transpose(1, 2), shading)                        # (B, 3, H W)
+        x = x.clamp(0, 1) * 2 - 1
+        return x.unflatten(2, planes.shape[2:])
+    return Data("shapes3d replica", SHAPES3D, (3, 64, 64), compose, device)
+
+
+def render_shapes3d(size=64, device="cpu"):
+    """Shade of floor, walls and object, and white light, (480, 4, size, size) uint8.
+
+    480 geometries: 8 scales, 4 shapes, 15 orientations, row-major. Sphere tracing (Hart 1996) at
+    twice the size, A = 15 angles, P rays an image. The unit is one object's height, nearly.
+    """
+    # the empty room
+    angles = torch.linspace(-30, 30, 15).deg2rad()
+    eyes, rays = camera_rays(angles, 2 * size)                 # (3, A, 1), (3, A, P)
+    point, on_floor, room = render_room(eyes, rays)
+    dark = torch.zeros_like(room)
+    empty = torch.stack([room * on_floor, room * ~on_floor, dark, dark])       # (4, A, P)
+
+    # the camera moves instead of the object: it is seen at one size from 8 distances
+    scale = torch.linspace(0.75, 1.25, 8)[:, None, None]
+    ray = rays[:, None].expand(-1, 8, -1, -1)                  # (3, 8, A, P)
+    planes = []
+    for shape, (_, height, radius) in enumerate(SHAPES):
+        centre = torch.tensor([0, 0, height + radius])[:, None, None, None]
+        p = point[:, None] / scale - centre
+        eye = eyes[:, None] / scale - centre
+        image = empty[:, None].repeat(1, 8, 1, 1)              # (4, 8, A, P)
+
+        # its shadow, where the floor is near
+        near = on_floor & ((p * p).sum(dim=0) < 2.2 ** 2)
+        image[0, near] *= floor_light(p[:, near], shape)
+
+        # the object, where rays pass near its centre
+        along = (eye * ray).sum(dim=0)
+        squared_miss = (eye * eye).sum(dim=0) - along ** 2
+        near = squared_miss < 0.85 ** 2
+        eye = eye.expand_as(ray)
+        hit, shade, shine = render_object(eye[:, near], ray[:, near], shape)
+        dark = torch.zeros_like(shade)
+        front = torch.stack([dark, dark, shade, shine])
+        image[:, near] = torch.where(hit, front, image[:, near])
+
+        # four rays a pixel
+        image = image.permute(1, 2, 0, 3).unflatten(3, (2 * size, 2 * size))   # (8, A, 4, ...)
+        image = F.avg_pool2d(image.flatten(0, 1), 2)                           # (8 A, 4, ...)
+        image = image.clamp(0, 1).mul(255).round().to(torch.uint8)
+        planes.append(image.unflatten(0, (8, 15)))
+    return torch.stack(planes, dim=1).flatten(0, 2).to(device)
+
+
+def camera_rays(angles, side):
+    """Eyes (3, A, 1) and unit rays (3, A, side²) of cameras around the object at A angles."""
+    radius, height, pitch = 2.5, 1.62, 0.41
+    view = 0.53                                                # tangent of half the field of view
+    sin = angles.sin()[:, None]
+    cos = angles.cos()[:, None]
+
+    grid = ((torch.arange(side) + 0.5) / side * 2 - 1) * view
+    right = grid.repeat(side)
+    down = grid.repeat_interleave(side)
+    ahead = math.cos(pitch) - down * math.sin(pitch)           # along the floor
+    up = -math.sin(pitch) - down * math.cos(pitch)
+
+    rays = torch.stack([right * cos - ahead * sin,
+                        right * sin + ahead * cos,
+                        up.expand(len(angles), -1)])
+    eyes = torch.stack([radius * sin,
+                        -radius * cos,
+                        torch.full_like(sin, height)])
+    return eyes, rays / length(rays)
+
+
+def render_room(eyes, rays, half=2.7):
+    """Points (3, A, P) where rays leave the empty room, whether on the floor, and shade."""
+    # how far along each ray the walls and the floor are
+    wall = half * rays[:2].sign()                              # that the ray runs towards
+    t_wall, axis = ((wall - eyes[:2]) / rays[:2]).min(dim=0)
+    t_floor = torch.where(rays[2] < 0, -eyes[2] / rays[2], math.inf)
+    point = eyes + rays * torch.minimum(t_wall, t_floor)
+    on_floor = t_floor < t_wall
+
+    side = torch.where(rays[0] > 0, 0.74, 0.60)                # the right wall is lit, the left not
+    shade = torch.where(axis == 1, 0.86, side)
+    shade = torch.where(on_floor, 0.90, shade)
+
+    gaps = torch.cat([half - point[:2].abs(), point[2:]])      # to walls and floor
+    second = gaps.sort(dim=0).values[1]                        # 0 where two planes meet: darker
+    return point, on_floor, shade * (1 - 0.22 * (-second / 0.35).exp())
+
+
+def floor_light(p, shape):
+    """Share of light (M) that reaches floor points p (3, M): soft shadow times contact."""
+    clearance = []
+    for t in torch.linspace(0.05, 2.0, 12):
+        distance, _ = shape_distance(p + t * LIGHT, shape)
+        clearance.append(distance / (0.3 * t))
+    seen = torch.stack(clearance).amin(dim=0).clamp(0, 1)
+    smooth = seen * seen * (3 - 2 * seen)
+
+    distance, _ = shape_distance(p, shape)
+    contact = (distance / 0.45).clamp(0, 1)
+    return (0.55 + 0.45 * smooth) * (0.75 + 0.25 * contact.sqrt())
+
+
+def render_object(eye, ray, shape):
+    """Whether rays (3, M) from eye (3, M) meet the shape, its shade and its highlight (M)."""
+    p = eye - ray * ((eye * ray).sum(dim=0) + 0.85)            # enter the bounding sphere
+    for _ in range(28):
+        distance, _ = shape_distance(p, shape)
+        p = p + ray * distance
+    gap, normal = shape_distance(p, shape)
+    normal = normal / length(normal)
+
+    diffuse = (normal * LIGHT).sum(dim=0).clamp(min=0)
+    shade = 0.42 + 0.52 * diffuse + 0.10 * normal[2]
+    half = (LIGHT - ray) / length(LIGHT - ray)                 # Blinn's half vector
+    shine = (normal * half).sum(dim=0).clamp(min=0) ** 60
+    return gap < 0.01, shade, 0.55 * shine
+
+
+def shape_distance(p, shape):
+    """Signed distance (...) of points p (3, ...) to the shape, and a vector along its normal."""
+    width, height, radius = SHAPES[shape]
+    xy, z = p[:2], p[2:]
+    if shape == 0:                                             # a cube's core is square
+        core = xy.clamp(-width, width)
+    else:
+        shrink = width / length(xy).clamp(min=1e-6)
+        core = xy * shrink.clamp(max=1)
+    offset = p - torch.cat([core, z.clamp(-height, height)])
+    return length(offset) - radius, offset
+
+
+def length(v):
+    """(3, ...) -> (...)."""
+    return (v * v).sum(dim=0).sqrt()
+
+
+# ---- Appendix: a replica of dSprites ----
+
+DSPRITES = {"colour": 1, "shape": 3, "scale": 6, "orientation": 40, "x": 32, "y": 32}
+
+
+def load_dsprites(device):
+    """The embedded replica of dSprites (Matthey et al. 2017): 737,280 images, only -1 and 1.
+
+    Shapes are square, ellipse and heart; orientation 39 equals 0; no sprite leaves the image.
+    """
+    # half width, half height, and bend, which pulls an ellipse's sides up to make a heart
+    sprites = torch.tensor([[9.5, 9.5, 0],
+                            [12, 7, 0],
+                            [11, 9, 0.7]], device=device)
+    pixel = torch.arange(64, device=device)
+
+    def compose(rows):
+        factors = data.factors(rows)[:, :, None, None]         # (B, 6, 1, 1)
+        _, shape, scale, turn, x, y = factors.unbind(dim=1)
+        width, height, bend = sprites[shape].unbind(dim=-1)
+        grow = 0.5 + scale / 10
+        angle = turn % 39 * (2 * math.pi / 39)
+        cos = angle.cos() / grow
+        sin = angle.sin() / grow
+
+        # pixels from the sprite's centre, then along its own axes
+        right = pixel - 16 - x
+        up = 16 + y - pixel[:, None]
+        a = right * (cos / width) + up * (sin / width)         # (B, 64, 64)
+        b = up * (cos / height) - right * (sin / height)
+
+        square = torch.maximum(a.abs(), b.abs())
+        heart = b - bend * (a.abs() - 0.16)
+        inside = torch.where(shape == 0, square, a * a + heart * heart) < 1
+        return inside[:, None].float() * 2 - 1
+    data = Data("dsprites replica", DSPRITES, (1, 64, 64), compose, device)
+    return data
+
+
+DATA_SETS.update(shapes3d=load_shapes3d, dsprites=load_dsprites)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from torch.distributions import Normal, kl_divergence
 import evaluate
 import idiff
 from conftest import PRIORS
-from idiff import Config, Data, IDiff, VPSDE, kl_loss, losses, seeded_noise
+from idiff import Config, Data, Gaussian, IDiff, VPSDE, kl_loss, kl_of_means, seeded_noise
 
 SMALL = dict(width=8, unet_width=8, batch_size=4, ddpm_images=2, image_size=16, latent_dim=4,
              n_factors=3)
@@ -36,6 +35,20 @@ def small_model(seed=0, **changes):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return model
+
+
+class Call(nn.Module):
+    """A function in place of a network."""
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def mean_logvar(distribution):
+    return distribution.mean, distribution.variance.log()
 
 
 def rng(seed=0):
@@ -60,7 +73,7 @@ def one_line(error):
     ("kl", -1e-3), ("rec", -0.1), ("kl", math.nan), ("lr", math.inf), ("lr", "0.1"),
     ("batch_size", 0), ("batch_size", 1.5), ("latent_dim", 0), ("u_scale", 0.0), ("u_scale", 1.0),
     ("ema", 1.0), ("steps", -1), ("model", "gan"), ("prior", ""), ("predict", "x0"), ("patch", 3),
-    ("unet_width", 12), ("image_size", 40), ("seed", True)])
+    ("unet_width", 12), ("image_size", 40), ("seed", True), ("prior", []), ("u", None)])
 def test_config_names_the_field_it_rejects(name, value):
     with pytest.raises(ValueError) as error:
         Config(**{name: value})
@@ -92,7 +105,7 @@ def test_outputs_are_float32_also_under_autocast(precision):
     model, x = small_model(), images(2)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
         mean, logvar = model.encode(x)
-        mu_p, logvar_p = model.prior(torch.zeros(2, 6))
+        mu_p, logvar_p = mean_logvar(model.prior(torch.zeros(2, 6)))
         x_hat, eps_hat = model.decode(mean), model.unet(x, x[:, 0, 0, 0], mean, x)
     outputs = mean, logvar, mu_p, logvar_p, x_hat, eps_hat
     assert {h.dtype for h in outputs} == {torch.float32}
@@ -109,28 +122,28 @@ def test_unet_output_depends_on_z_and_on_t():
         assert (model.unet(x, t, moved, x) - base).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("condition, seen", [("z", False), ("z+decoder", True)])
-def test_unet_sees_the_decoders_image_only_if_conditioned_on_it(condition, seen):
-    model, x, t = small_model(condition=condition), images(1), torch.tensor([0.5])
+@pytest.mark.parametrize("predict, seen", [("eps", False), ("x", True)])
+def test_unet_sees_the_decoders_image_unless_it_predicts_the_noise(predict, seen):
+    model, x, t = small_model(predict=predict), images(1), torch.tensor([0.5])
     change = model.unet(x, t, torch.zeros(1, 4), x) - model.unet(x, t, torch.zeros(1, 4), -x)
     assert bool(change.any()) == seen
 
 
 def test_denoising_loss_leaves_the_decoder_alone():
-    model, x = small_model(condition="z+decoder").train(), images(4)
-    losses(model, x, torch.rand(4, 6), torch.rand(4), torch.randn_like(x))["ddpm"].backward()
+    model, x = small_model(predict="x").train(), images(4)
+    model(x, torch.rand(4, 6), torch.rand(4), torch.randn_like(x))["ddpm"].backward()
     assert all(p.grad is None for p in model.decoder.parameters())
     assert all(p.grad is not None for p in model.encoder.parameters())
 
 
 def test_every_parameter_of_every_network_gets_a_gradient():
     model, x = small_model(prior="full"), images(4)
-    terms = losses(model.train(), x, torch.rand(4, 6), torch.rand(4), torch.randn_like(x))
+    terms = model.train()(x, torch.rand(4, 6), torch.rand(4), torch.randn_like(x))
     sum(terms.values()).backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-@pytest.mark.parametrize("predict", ["eps", "v", "x"])
+@pytest.mark.parametrize("predict", ["eps", "x"])
 def test_an_image_alone_equals_that_image_in_a_batch(predict):
     model, x = small_model(predict=predict), images(5)
     mean, logvar = model.encode(x)
@@ -172,7 +185,7 @@ def test_models_without_a_unet_decode_and_say_that_they_cannot_sample(kind):
     with pytest.raises(ValueError) as error:
         model.sample(mean, torch.randn_like(x))
     assert kind in one_line(error)
-    assert "ddpm" not in losses(model, x, torch.zeros(2, 6), torch.rand(2), x)
+    assert "ddpm" not in model(x, torch.zeros(2, 6), torch.rand(2), x)
 
 
 # ---- p(z|u) ----
@@ -193,7 +206,7 @@ def tiny_data(factors=None, sizes=(5, 1, 3)):
 def test_known_prior_reads_mean_and_variance_off_the_drawn_u(u_scale):
     _, u = tiny_data(sizes=(5, 4, 3)).draw(50, rng(), "mean+var", u_scale)
     s, m = scales_and_centres(u, u_scale, 3)
-    mu, logvar = small_model(u_scale=u_scale, latent_dim=3).prior(u)
+    mu, logvar = mean_logvar(small_model(u_scale=u_scale, latent_dim=3).prior(u))
     torch.testing.assert_close(mu, m)
     torch.testing.assert_close(logvar, 2 * s.log(), atol=1e-5, rtol=1e-5)
     assert s.min() >= u_scale * 0.999 and s.max() <= 1.001
@@ -203,7 +216,7 @@ def test_known_prior_reads_mean_and_variance_off_the_drawn_u(u_scale):
 @pytest.mark.parametrize("u", ["var", "mean+var"])
 def test_known_prior_has_one_latent_per_factor_and_a_standard_normal_for_the_rest(dim, u):
     entries = tiny_data(sizes=(5, 4, 3)).draw(9, rng(), u)[1]
-    mu, logvar = small_model(latent_dim=dim, u=u).prior(entries)
+    mu, logvar = mean_logvar(small_model(latent_dim=dim, u=u).prior(entries))
     assert mu.shape == logvar.shape == (9, dim)
     assert logvar[:, :3].abs().min() > 0 and not logvar[:, 3:].any() and not mu[:, 3:].any()
     assert bool(mu[:, :3].any()) == (u == "mean+var")
@@ -211,13 +224,14 @@ def test_known_prior_has_one_latent_per_factor_and_a_standard_normal_for_the_res
 
 @pytest.mark.parametrize("prior", PRIORS)
 def test_prior_of_a_vae_is_standard_normal_and_ignores_u(prior):
-    mu, logvar = small_model(model="vae", prior=prior).prior(torch.rand(7, 6))
+    mu, logvar = mean_logvar(small_model(model="vae", prior=prior).prior(torch.rand(7, 6)))
     assert mu.shape == logvar.shape == (7, 4) and not mu.any() and not logvar.any()
 
 
 def jacobian(prior, u):
     """Which entries of u (columns) change the mean or log-variance of each latent (rows)."""
-    rows = torch.autograd.functional.jacobian(lambda u: torch.stack(prior(u[None]), 2)[0], u)
+    rows = torch.autograd.functional.jacobian(
+        lambda u: torch.stack(mean_logvar(prior(u[None])), 2)[0], u)
     return rows.abs().amax(dim=1) > 0                                  # (D, U)
 
 
@@ -235,7 +249,7 @@ def test_full_prior_shows_every_latent_all_of_u():
 
 @pytest.mark.parametrize("prior", [prior for prior in PRIORS if prior != "full"])
 def test_mean_is_zero_where_u_modulates_only_the_variance(prior):
-    mu, logvar = small_model(prior=prior, u="var").prior(torch.rand(7, 3) * 2 - 1)
+    mu, logvar = mean_logvar(small_model(prior=prior, u="var").prior(torch.rand(7, 3) * 2 - 1))
     assert not mu.any() and logvar[:, :3].std(dim=0).min() > 1e-3
 
 
@@ -247,35 +261,51 @@ def gaussians(b=6, d=4):
     return mu_q, logvar_q, mu_p, logvar_p
 
 
-def test_kl_agrees_with_torch_distributions():
+def test_kl_is_the_closed_form_of_two_gaussians():
+    """0.5 (var_q / var_p + (mu_q - mu_p)^2 / var_p - 1 - log var_q + log var_p), Kingma 2014."""
     mu_q, logvar_q, mu_p, logvar_p = gaussians()
-    q, p = Normal(mu_q, (logvar_q / 2).exp()), Normal(mu_p, (logvar_p / 2).exp())
-    torch.testing.assert_close(kl_loss(mu_q, logvar_q, mu_p, logvar_p),
-                               kl_divergence(q, p).sum(dim=1).mean())
+    ratio = (logvar_q - logvar_p).exp() + (mu_q - mu_p).square() / logvar_p.exp()
+    exact = 0.5 * (ratio - 1 - logvar_q + logvar_p).sum(dim=1).mean()
+    torch.testing.assert_close(kl_loss(Gaussian(mu_q, logvar_q), Gaussian(mu_p, logvar_p)), exact)
 
 
 def test_kl_is_zero_only_for_equal_gaussians():
     mu, logvar, other, _ = gaussians()
-    assert kl_loss(mu, logvar, mu, logvar) == 0
-    assert kl_loss(mu, logvar, other, logvar) > 0 and kl_loss(mu, logvar, mu, other) > 0
+    q = Gaussian(mu, logvar)
+    assert kl_loss(q, q) == 0
+    assert kl_loss(q, Gaussian(other, logvar)) > 0 and kl_loss(q, Gaussian(mu, other)) > 0
 
 
 def test_kl_is_a_sum_over_latents_and_a_mean_over_the_batch():
     terms = gaussians()
-    kl = kl_loss(*terms)
-    torch.testing.assert_close(kl_loss(*(h.repeat(1, 3) for h in terms)), 3 * kl)
-    torch.testing.assert_close(kl_loss(*(h.repeat(3, 1) for h in terms)), kl)
+
+    def kl(*terms):
+        return kl_loss(Gaussian(*terms[:2]), Gaussian(*terms[2:]))
+    torch.testing.assert_close(kl(*(h.repeat(1, 3) for h in terms)), 3 * kl(*terms))
+    torch.testing.assert_close(kl(*(h.repeat(3, 1) for h in terms)), kl(*terms))
 
 
-def stub(predict="eps", weight="eps", unet=lambda x_t, t, z, x_hat: 0 * x_t, decoder=None):
-    """What losses needs of a model, with q(z|x) = N(mean of x, 0) and p(z|u) = N(u, 1)."""
+def test_kl_without_a_closed_form_is_estimated_by_samples():
+    q, p = Gaussian(torch.zeros(20_000, 2), torch.zeros(20_000, 2)), Normal(1.0, 2.0)
+    exact = kl_loss(q, p.expand((20_000, 2)))
+
+    class Stranger:
+        log_prob = p.log_prob
+    torch.manual_seed(0)
+    assert kl_loss(q, Stranger()).item() == pytest.approx(exact.item(), rel=0.03)
+
+
+def stub(unet=lambda x_t, t, z, x_hat: 0 * x_t, decoder=None, **changes):
+    """A model with q(z|x) = N(mean of x, 0), p(z|u) = N(u, 1) and these networks."""
     def encoder(x):
         mu = x.mean(dim=(1, 2, 3))[:, None].repeat(1, 3)
-        return mu, torch.full_like(mu, -60.0)
-    return SimpleNamespace(cfg=Config(predict=predict, weight=weight, **SMALL), sde=VPSDE(),
-                           temperature=1.0, encoder=encoder, unet=unet,
-                           prior=lambda u: (u, torch.zeros_like(u)),
-                           decoder=decoder or (lambda z: torch.zeros(len(z), 3, 16, 16)))
+        return Gaussian(mu, torch.full_like(mu, -60.0))
+    model = IDiff(Config(**{"predict": "eps", **SMALL, **changes}))
+    model.encoder = Call(encoder)
+    model.prior = Call(lambda u: Gaussian(u, torch.zeros_like(u)))
+    model.decoder = Call(decoder or (lambda z: torch.zeros(len(z), 3, 16, 16)))
+    model.unet = Call(unet)
+    return model
 
 
 def a_step(b=4):
@@ -287,7 +317,7 @@ def a_step(b=4):
 
 def test_losses_are_means_over_batch_channels_and_pixels():
     x, u, t, eps = a_step()
-    terms = losses(stub(unet=lambda x_t, t, z, x_hat: torch.full_like(x_t, 0.5)), x, u, t, eps)
+    terms = stub(unet=lambda x_t, t, z, x_hat: torch.full_like(x_t, 0.5))(x, u, t, eps)
     values, ddpm = 4 * 3 * 16 * 16, ((0.5 - eps.numpy()) ** 2).sum()
     assert terms["rec"].item() == pytest.approx((x.numpy() ** 2).sum() / values, rel=1e-5)
     assert terms["ddpm"].item() == pytest.approx(ddpm / values, rel=1e-5)
@@ -299,22 +329,24 @@ def test_losses_are_means_over_batch_channels_and_pixels():
 
 def test_decoder_sees_the_first_images_of_the_batch_and_the_encoder_all():
     x, u, t, eps = a_step()
-    model = stub()
-    model.cfg = Config(rec_images=2, **SMALL)
-    terms = losses(model, x, u, t, eps)
+    terms = stub()(x, u, t, eps, n_rec=2)
     assert terms["rec"].item() == pytest.approx(x[:2].square().mean().item(), rel=1e-5)
-    assert terms["kl"] == losses(stub(), x, u, t, eps)["kl"]
+    assert terms["kl"] == stub()(x, u, t, eps)["kl"]
 
 
 def test_kl_mean_is_what_the_means_add_to_kl():
     """KL less KL with equal means, whatever the variances of q and p."""
-    x, u, t, eps = a_step()
-    model = stub()
-    model.prior = lambda u: (u, u - 0.5)
-    terms = losses(model, x, u, t, eps)
-    model.encoder = lambda x: (u, torch.full_like(u, -60.0))
-    rest = losses(model, x, u, t, eps)["kl"]
-    torch.testing.assert_close(terms["kl_mean"], terms["kl"] - rest, atol=1e-4, rtol=1e-4)
+    mu_q, logvar_q, mu_p, logvar_p = gaussians()
+    q, p = Gaussian(mu_q, logvar_q), Gaussian(mu_p, logvar_p)
+    rest = kl_loss(Gaussian(mu_p, logvar_q), p)
+    torch.testing.assert_close(kl_of_means(q, p), kl_loss(q, p) - rest, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kl_mean", "kl_reverse"])
+def test_a_term_beyond_the_paper_is_computed_if_it_has_a_weight(name):
+    weights = {"kl_mean": 0.0, "kl_reverse": 0.0}
+    assert name in stub(**weights | {name: 0.5})(*a_step())
+    assert name not in stub(**weights)(*a_step())
 
 
 def test_networks_receive_the_noised_images_their_times_and_their_latents():
@@ -322,7 +354,7 @@ def test_networks_receive_the_noised_images_their_times_and_their_latents():
     integral = 0.1 * t + 0.5 * 19.9 * t ** 2                           # of beta, from 0 to t
     alpha = (-0.5 * integral).exp()[:2, None, None, None]
     seen = []
-    losses(stub(unet=lambda *inputs: seen.extend(inputs) or 0 * inputs[0]), x, u, t[:2], eps[:2])
+    stub(unet=lambda *inputs: seen.extend(inputs) or 0 * inputs[0])(x, u, t[:2], eps[:2])
     x_t = alpha * x[:2] + (1 - alpha ** 2).sqrt() * eps[:2]
     torch.testing.assert_close(seen[0], x_t, atol=1e-5, rtol=1e-5)
     assert torch.equal(seen[1], t[:2])
@@ -332,56 +364,51 @@ def test_networks_receive_the_noised_images_their_times_and_their_latents():
 def test_latent_is_drawn_with_the_encoders_own_mean_and_variance():
     model = stub(decoder=lambda z: seen.append(z) or torch.zeros(len(z), 3, 16, 16))
     mu, none = torch.full((4, 4000), 2.0), torch.zeros(0)
-    model.encoder = lambda x: (mu, torch.full_like(mu, math.log(0.25)))
+    model.encoder = Call(lambda x: Gaussian(mu, torch.full_like(mu, math.log(0.25))))
     seen = []
     torch.manual_seed(0)
-    losses(model, torch.zeros(4, 3, 16, 16), torch.zeros(4, 4000), none, none)
+    model(torch.zeros(4, 3, 16, 16), torch.zeros(4, 4000), none, none)
     assert seen[0].mean().item() == pytest.approx(2, abs=0.03)
     assert seen[0].std().item() == pytest.approx(0.5, abs=0.03)
 
 
-def targets(x, t, eps):
-    """What a network of each --predict should return."""
+def noised(x, t, eps):
+    """x_t, alpha and sigma, by the sum of squares alpha^2 + sigma^2 = 1."""
     alpha = VPSDE().alpha(t).view(-1, 1, 1, 1)
     sigma = (1 - alpha ** 2).sqrt()
-    return {"eps": eps, "v": alpha * eps - sigma * x, "x": x}, alpha, sigma
+    return alpha * x + sigma * eps, alpha, sigma
 
 
-@pytest.mark.parametrize("predict", ["v", "x"])
-@pytest.mark.parametrize("weight", ["eps", "v", "x"])
-def test_a_perfect_network_has_no_loss_and_knows_the_noise(predict, weight):
+def test_an_eps_network_is_itself_the_noise_estimate_and_eq_3_its_squared_error():
     x, u, t, eps = a_step()
-    wanted, alpha, sigma = targets(x, t, eps)
-
-    class Perfect(nn.Module):
-        def forward(self, x_t, t, z, x_hat):
-            return wanted[predict]
-
-    assert losses(stub(predict, weight, Perfect()), x, u, t, eps)["ddpm"] < 1e-9
-    model = small_model(predict=predict)
-    model.unet = Perfect()
-    eps_hat = model.eps_fn(torch.zeros(4, 4))(alpha * x + sigma * eps, t)
-    torch.testing.assert_close(eps_hat, eps, atol=1e-5, rtol=1e-4)
+    x_t, alpha, sigma = noised(x, t, eps)
+    model = stub(unet=lambda *_: eps + 0.1)
+    assert model(x, u, t, eps)["ddpm"].item() == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(model.eps_fn(torch.zeros(4, 4))(x_t, t), eps + 0.1,
+                               atol=1e-5, rtol=1e-4)
+    x_0 = model.denoise(x_t, t, torch.zeros(4, 4), x)
+    torch.testing.assert_close(x_0, (x_t - sigma * (eps + 0.1)) / alpha)
 
 
-@pytest.mark.parametrize("predict", ["eps", "v", "x"])
-@pytest.mark.parametrize("weight", ["eps", "v", "x"])
-def test_the_loss_is_the_error_of_what_weight_names(predict, weight):
-    """The error that x_t and the network's output imply for it, by x_t = alpha x + sigma eps."""
+def test_an_x_network_knows_the_image_and_the_loss_is_the_images_error():
     x, u, t, eps = a_step()
-    wanted, alpha, sigma = targets(x, t, eps)
-    x_t, off = alpha * x + sigma * eps, wanted[predict] + 0.1
-    eps_hat = {"eps": off, "v": sigma * x_t + alpha * off, "x": (x_t - alpha * off) / sigma}[predict]
-    implied, *_ = targets((x_t - sigma * eps_hat) / alpha, t, eps_hat)
-    expected = (implied[weight] - wanted[weight]).square().mean()
-    got = losses(stub(predict, weight, lambda *_: off), x, u, t, eps)["ddpm"]
-    assert got.item() == pytest.approx(expected.item(), rel=1e-3)
+    x_t, alpha, sigma = noised(x, t, eps)
+    model = stub(unet=lambda *_: x, predict="x")
+    assert model(x, u, t.clamp(min=0.3), eps)["ddpm"] < 1e-5
+    model.unet = Call(lambda *_: x + 0.1)
+    assert model(x, u, t.clamp(min=0.5), eps)["ddpm"].item() == pytest.approx(0.01, rel=0.02)
+    t = torch.full((4,), 0.9)
+    x_t, alpha, sigma = noised(x, t, eps)
+    model.unet = Call(lambda *_: x)
+    torch.testing.assert_close(model.eps_fn(torch.zeros(4, 4))(x_t, t), eps, atol=1e-3, rtol=1e-3)
 
 
-def test_eps_network_is_itself_the_noise_estimate():
-    model, x, t = small_model(predict="eps"), images(2), torch.tensor([0.2, 0.7])
-    z = torch.ones(2, 4)
-    assert torch.equal(model.eps_fn(z)(x, t), model.unet(x, t, z, model.decoder(z)))
+def test_where_noise_is_faint_the_image_is_x_t_itself():
+    x, u, t, eps = a_step()
+    t = torch.full((4,), 1e-5)
+    model = stub(unet=lambda *_: torch.zeros_like(x), predict="x")
+    x_t, *_ = noised(x, t, eps)
+    torch.testing.assert_close(model.denoise(x_t, t, None, x), x_t, atol=0.01, rtol=0)
 
 
 # ---- the point of u: a code that it identifies ----
@@ -413,7 +440,7 @@ def train_ivae(shuffle, steps=150):
     for _ in range(steps):
         rows, u = data.draw(64, generator)
         u = u[torch.randperm(64)] if shuffle else u
-        terms = losses(model, data.images(rows), u, torch.zeros(0), torch.zeros(0))
+        terms = model(data.images(rows), u, torch.zeros(0), torch.zeros(0))
         loss = terms["rec"] + 0.02 * terms["kl"]
         optimizer.zero_grad()
         loss.backward()
@@ -530,6 +557,22 @@ def test_bad_checkpoint_gives_one_line_and_runs_no_code(saved, kind, tmp_path):
         idiff.load_checkpoint(str(path))
     assert str(path) in one_line(error)
     assert not (tmp_path / "trace").exists()
+
+
+def test_a_checkpoint_may_hold_whole_numbers(tmp_path, monkeypatch):
+    """As those in which BatchNorm counts its batches."""
+    class Encoder(idiff.Encoder):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.net.insert(2, nn.BatchNorm2d(cfg.width))
+    monkeypatch.setattr(idiff, "Encoder", Encoder)
+    model, x = small_model(), images(8)
+    model.train().encode(x)
+    model.eval()
+    idiff.save_checkpoint(str(tmp_path / "ckpt.pt"), model, model)
+    loaded = idiff.load_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert loaded.encoder.net[2].num_batches_tracked == 1
+    assert torch.equal(loaded.encode(x)[0], model.encode(x)[0])
 
 
 def test_missing_checkpoint_is_named(tmp_path):
@@ -936,13 +979,13 @@ import sys
 for name in ("h5py", "torchvision", "tqdm", "scipy", "sklearn", "matplotlib", "train", "evaluate"):
     sys.modules[name] = None                       # importing any of them now fails
 import torch
-from idiff import Config, IDiff, losses
+from idiff import Config, IDiff
 cfg = Config(image_size=16, n_factors=2, width=8, unet_width=8)
 model = IDiff(cfg)
 optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 x, u, eps = torch.rand(8, 3, 16, 16) * 2 - 1, torch.rand(8, 4) * 2 - 1, torch.randn(8, 3, 16, 16)
 for step in range(20):
-    terms = losses(model, x, u, torch.linspace(0.1, 1, 8), eps)
+    terms = model(x, u, torch.linspace(0.1, 1, 8), eps)
     loss = terms["ddpm"] + cfg.rec * terms["rec"] + cfg.kl * terms["kl"]
     optimizer.zero_grad(); loss.backward(); optimizer.step()
     print(loss.item())

@@ -13,8 +13,8 @@ import evaluate
 import interpolate
 import train
 from conftest import PRIORS
-from idiff import (Config, IDiff, Prior, kl_categorical, kl_loss, kl_terms, load_checkpoint,
-                   sample_latents)
+from idiff import (Categories, Config, Gaussian, IDiff, KnownPrior, balanced_kl, kl_loss,
+                   load_checkpoint)
 
 SMALL = dict(width=8, unet_width=8, image_size=16, latent_dim=3, n_factors=2, categories=5)
 KINDS = pytest.mark.parametrize("kind", ["gumbel", "st"])
@@ -27,14 +27,26 @@ def logits(seed, b=4, d=3, c=5):
 def test_categorical_kl_is_exact_a_sum_over_latents_and_a_mean_over_the_batch():
     q, p = logits(0), logits(1)
     exact = kl_divergence(Categorical(logits=q), Categorical(logits=p))        # (B, D)
-    torch.testing.assert_close(kl_categorical(q, p), exact.sum(dim=1).mean())
-    assert kl_categorical(q, q + 3).abs() < 1e-6
+    torch.testing.assert_close(kl_loss(Categories(q), Categories(p)), exact.sum(dim=1).mean())
+    assert kl_loss(Categories(q), Categories(q + 3)).abs() < 1e-6
+
+
+def test_categorical_kl_is_finite_where_a_probability_underflows():
+    q, p = torch.zeros(1, 1, 2), torch.tensor([[[0.0, -200.0]]])
+    wanted = 0.5 * math.log(0.5) + 0.5 * (math.log(0.5) + 200)
+    assert kl_loss(Categories(q), Categories(p)).item() == pytest.approx(wanted)
+
+
+def test_log_prob_of_one_hot_codes_is_that_of_their_categories():
+    q, index = logits(0), torch.randint(5, (4, 3), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(Categories(q).log_prob(torch.eye(5)[index]),
+                               Categorical(logits=q).log_prob(index))
 
 
 def test_straight_through_codes_are_one_hot_fall_as_q_says_and_pass_a_gradient_on():
     q = logits(0, b=1, d=1).expand(20_000, -1, -1).clone().requires_grad_()
     torch.manual_seed(0)
-    z = sample_latents((q,), "st", 1.0)                                        # (20000, 5)
+    z = Categories(q, 1.0, hard=True).rsample().flatten(1)                     # (20000, 5)
     assert z.unique().tolist() == [0, 1] and (z.sum(dim=1) == 1).all()
     torch.testing.assert_close(z.mean(dim=0), q[0, 0].softmax(0), atol=0.015, rtol=0)
     z[:, 0].sum().backward()
@@ -45,7 +57,7 @@ def test_gumbel_codes_sum_to_one_and_sharpen_as_the_temperature_falls():
     sharpness = []
     for temperature in (2.0, 0.5, 0.05):
         torch.manual_seed(0)
-        z = sample_latents((logits(0, b=500),), "gumbel", temperature).view(500, 3, 5)
+        z = Categories(logits(0, b=500), temperature).rsample()                # (500, 3, 5)
         torch.testing.assert_close(z.sum(dim=2), torch.ones(500, 3))
         sharpness.append(z.amax(dim=2).mean().item())
     assert sharpness[0] < sharpness[1] < sharpness[2] and sharpness[2] > 0.95
@@ -55,7 +67,7 @@ def test_known_prior_of_categories_has_the_ratios_of_the_density_that_u_names():
     cfg = Config(latent="st", u_scale=0.2, **SMALL)
     log_s, m = torch.tensor([[0.2, 0.7]]).log(), torch.tensor([[-0.4, 0.9]])
     u = torch.cat([1 - 2 * log_s / math.log(0.2), m], dim=1)                   # (1, 4)
-    p, = Prior(cfg)(u)
+    p = KnownPrior(cfg)(u).logits
     grid = torch.linspace(-1, 1, 5)
     for i in range(2):
         wanted = Normal(m[0, i], log_s[0, i].exp()).log_prob(grid)
@@ -69,8 +81,8 @@ def test_known_prior_of_categories_has_the_ratios_of_the_density_that_u_names():
 def test_encoder_and_prior_give_logits_of_one_shape(kind, prior, u):
     model = IDiff(Config(latent=kind, prior=prior, u=u, **SMALL))
     entries = torch.rand(4, 2 if u == "var" else 4)
-    assert model.prior(entries)[0].shape == model.encoder(torch.zeros(4, 3, 16, 16))[0].shape
-    assert model.prior(entries)[0].shape == (4, 3, 5)
+    q, p = model.encoder(torch.zeros(4, 3, 16, 16)), model.prior(entries)
+    assert q.logits.shape == p.logits.shape == q.rsample().shape == (4, 3, 5)
 
 
 def test_codes_of_images_are_likeliest_categories_and_decode_as_their_one_hot_codes():
@@ -79,7 +91,7 @@ def test_codes_of_images_are_likeliest_categories_and_decode_as_their_one_hot_co
     x = torch.rand(6, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         z, logvar = model.encode(x)
-        q = Categorical(logits=model.encoder(x)[0])
+        q = Categorical(logits=model.encoder(x).logits)
         index = torch.arange(5.0)
         variance = (q.probs * (index - (q.probs * index).sum(2, keepdim=True)).square()).sum(2)
         assert torch.equal(z, q.probs.argmax(dim=2).float())
@@ -105,11 +117,11 @@ def test_a_categorical_model_trains_is_scored_and_traversed(tiny_npz, tmp_path, 
 
 def gradients(balance):
     """KL, and its gradients for mean and log-variance of q and p, at a share of p's."""
-    q, p = (tuple(torch.randn(4, 3, generator=torch.Generator().manual_seed(s)).requires_grad_()
-                  for s in (2 * i, 2 * i + 1)) for i in range(2))
-    kl = kl_terms(Config(kl_balance=balance), q, p)["kl"]
+    q, p = ([torch.randn(4, 3, generator=torch.Generator().manual_seed(s)).requires_grad_()
+             for s in (2 * i, 2 * i + 1)] for i in range(2))
+    kl = balanced_kl(Gaussian(*q), Gaussian(*p), balance)
     kl.backward()
-    return kl.detach(), [h.grad for h in (*q, *p)]
+    return kl.detach(), [torch.zeros(4, 3) if h.grad is None else h.grad for h in (*q, *p)]
 
 
 @pytest.mark.parametrize("balance", [0.0, 0.2, 0.8])
@@ -123,7 +135,10 @@ def test_balance_moves_kls_gradient_between_q_and_p_and_not_its_value(balance):
 
 
 def test_reversed_kl_swaps_q_and_p():
-    q, p = ((torch.randn(4, 3), torch.randn(4, 3)) for _ in range(2))
-    terms = kl_terms(Config(), q, p)
-    torch.testing.assert_close(terms["kl_reverse"], kl_loss(*p, *q))
+    model = IDiff(Config(model="ivae", kl_reverse=1.0, **SMALL)).eval()
+    x, u = torch.rand(4, 3, 16, 16) * 2 - 1, torch.rand(4, 4)
+    terms = model(x, u, torch.zeros(0), torch.zeros(0))
+    q, p = model.encoder(x), model.prior(u)
+    torch.testing.assert_close(terms["kl_reverse"], kl_loss(p, q))
+    torch.testing.assert_close(terms["kl"], kl_loss(q, p))
     assert not torch.isclose(terms["kl_reverse"], terms["kl"])

@@ -146,8 +146,8 @@ def test_paper_beats_size_and_flags_beat_both(tiny_npz, tmp_path):
                 "--width", "8", "--unet-width", "8", "--lr", "1e-3", "--precision", "float32",
                 "--log-every", "1", "--out", str(tmp_path)])
     cfg = config_of(tmp_path)
-    paper = dict(kl=5e-4, rec=0.1, u="var", prior="full", kl_mean=0.0, condition="z",
-                 latent_dim=10, batch_size=32, predict="eps", weight="eps")
+    paper = dict(kl=5e-4, rec=0.1, u="var", prior="full", kl_mean=0.0, latent_dim=10,
+                 batch_size=32, predict="eps")
     assert {k: cfg[k] for k in paper} == paper
     assert (cfg["width"], cfg["unet_width"], cfg["lr"], cfg["steps"]) == (8, 8, 1e-3, 2)
     assert {r["kl weight"] for r in steps_of(tmp_path)} == {5e-4}
@@ -422,10 +422,9 @@ def test_resume_with_images_of_other_channels_says_so(tmp_path, tiny_npz):
 
 def test_a_term_of_no_weight_may_overflow(tmp_path, tiny_npz, monkeypatch):
     def overflowing(model, *batch, **named):
-        terms = train_losses(model, *batch, **named)
-        return {**terms, "kl_reverse": terms["kl_reverse"] * math.inf}
-    train_losses = train.losses
-    monkeypatch.setattr(train, "losses", overflowing)
+        return {**forward(model, *batch, **named), "kl_reverse": torch.tensor(math.inf)}
+    forward = train.IDiff.forward
+    monkeypatch.setattr(train.IDiff, "forward", overflowing)
     argv = [*TINY, "--data", str(tiny_npz), "--steps", "3", "--model", "ivae"]
     train.main([*argv, "--out", str(tmp_path / "run")])
     assert all("rec" in r and "kl_reverse" not in r for r in steps_of(tmp_path / "run"))
