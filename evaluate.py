@@ -4,447 +4,784 @@
     python evaluate.py runs/NAME/ckpt.pt                 # a report; many: the paper's tables
     python evaluate.py runs/NAME/ckpt.pt --generate 200  # and how good generated images are
 
-Metrics take arrays codes (N, D) and factors (N, K); what is undefined is NaN, with a warning. Chen
-2018 (MIG), Hyvarinen 2016 (MCC), Eastwood 2018 (DCI), Ridgeway 2018 (modularity), Kim 2018."""
+A path may also be a metrics.json, which is read as it is, or a codes.npz with codes (N, D) and
+factors (N, K) of somebody else's model. Metrics are functions of two such arrays; what is undefined
+is NaN, with a warning. Sources: Chen 2018 (MIG), Hyvarinen 2016 (MCC), Eastwood 2018 (DCI),
+Ridgeway 2018 (modularity), Kim 2018 (FactorVAE score).
+"""
 import argparse
-import hashlib
 import json
 import os
 import warnings
+import zipfile
 from collections import defaultdict
-from contextlib import redirect_stdout, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
-from idiff import (Config, Encoder, invert, load_checkpoint, load_data, sample_dpmpp, seeded_noise,
-                   time_grid)
 
-load_data = lru_cache(load_data)      # one load for many checkpoints
-N_SCORES, N_DCI = 10_000, 15_000      # rows of the standard; two thirds of DCI's train
-NAMES = {"mig": "discrete MIG", "mcc": "Spearman MCC", "disentanglement": "disentanglement",
-         "modularity": "modularity", "completeness": "completeness", "factorvae": "FactorVAE score",
-         "informativeness": "informativeness", "linear_r2": "linear-probe R²"}
-FOUR = list(NAMES)[:4]                # the paper's, in its order
+from idiff import (Config, Encoder, invert, load_checkpoint, load_data, pick_device, sample_dpmpp,
+                   seeded_noise, time_grid)
+
+N_SCORES = 10_000           # rows of the standard, of all metrics but DCI
+N_DCI = 15_000              # two thirds of them train the trees
+
+NAMES = {"mig": "discrete MIG",
+         "mcc": "Spearman MCC",
+         "disentanglement": "disentanglement",
+         "modularity": "modularity",
+         "completeness": "completeness",
+         "informativeness": "informativeness",
+         "factorvae": "FactorVAE score"}
+FOUR = ("mig", "mcc", "disentanglement", "modularity")         # the paper's, in its order
 MODELS = {"vae": "VAE", "ivae": "iVAE", "idiff": "iVAE + DDPM"}
-PAPER = {                                        # Tables 2 and 3: mean ± std / max
+PAPER = {                                                      # Tables 2 and 3: mean ± std / max
     "VAE": "0.06 ± 0.04 / 0.14, 0.20 ± 0.13 / 0.49, 0.09 ± 0.09 / 0.26, 0.51 ± 0.25 / 0.87",
     "iVAE": "0.19 ± 0.07 / 0.34, 0.19 ± 0.09 / 0.39, 0.11 ± 0.10 / 0.30, 0.41 ± 0.12 / 0.63",
     "iVAE + DDPM": "0.16 ± 0.10 / 0.39, 0.23 ± 0.14 / 0.51, 0.13 ± 0.11 / 0.39, 0.45 ± 0.23 / 0.77",
     "all seeds": "0.26 ± 0.09 / 0.34, 0.11 ± 0.08 / 0.21, 0.13 ± 0.11 / 0.25, 0.35 ± 0.11 / 0.47",
     "best": "0.39, 0.21, 0.21, 0.39"}
 
+
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, devices = parser.add_argument, ["cuda"] * torch.cuda.is_available() + ["cpu"]
-    add("paths", nargs="+", type=Path, help="checkpoints of train.py")
-    add("--n", type=int, default=N_DCI, help="images to encode; MIG, MCC, modularity take 10,000")
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, help="ckpt.pt, metrics.json or codes.npz")
+    add("--out", type=Path, help="folder of the report, or of many paths' tables; None: theirs")
+    add("--n", type=int, default=N_DCI, help="images to encode; all but DCI take 10,000")
     add("--generate", type=int, default=0, metavar="N", help="images to generate and to judge")
-    add("--no-dci", action="store_true", help="skip DCI, which takes minutes")
+    add("--no-dci", action="store_true", help="skip DCI, which takes most of the time")
     add("--seed", type=int, default=0, help="seed of rows, samples and trees")
     add("--data", help="name or path of the data, if not those the model was trained on")
-    add("--device", choices=devices, default=devices[0], help="runs the encoder")
-    add("--fresh", action="store_true", help="compute anew what metrics.json already holds")
+    add("--device", help="cpu, cuda or mps (default: cuda where present)")
     return parser
 
+
 # ---- Metrics ----
+
 def as_arrays(codes, factors):
     """codes as float64 (N, D), factors as int64 (N, K) re-indexed to 0, 1, ...; or ValueError."""
-    codes, factors = (np.asarray(a.detach().cpu().double() if torch.is_tensor(a) else a)
-                      for a in (codes, factors))
+    arrays = []
     for name, a in (("codes", codes), ("factors", factors)):
+        if torch.is_tensor(a):
+            a = a.detach().cpu().double()
+        a = np.asarray(a)
         if a.ndim != 2 or 0 in a.shape or len(a) < 2 or a.dtype.kind not in "buif":
             raise ValueError(f"{name} must be numbers, 2 rows or more; got {a.dtype} {a.shape}.")
-        if not (finite := np.isfinite(a).all(axis=0)).all():
+        finite = np.isfinite(a).all(axis=0)
+        if not finite.all():
             raise ValueError(f"{name}: column {finite.argmin()} holds NaN or inf.")
+        arrays.append(a)
+
+    # a row of each for every image
+    codes, factors = arrays
     if len(codes) != len(factors):
         raise ValueError(f"{len(codes)} rows of codes, but {len(factors)} of factors.")
-    labels = [np.unique(column, return_inverse=True)[1] for column in factors.T]
-    return codes.astype(np.float64), np.stack(labels, axis=1)
+
+    # labels may be any numbers
+    labels = np.zeros(factors.shape, np.int64)
+    for j in range(factors.shape[1]):
+        _, labels[:, j] = np.unique(factors[:, j], return_inverse=True)
+    return codes.astype(np.float64), labels
+
 
 def varying(factors):
     """Which factors take more than one value, (K,) bool; warns of each that does not."""
-    for j in np.flatnonzero(np.ptp(factors, axis=0) == 0):
+    varies = np.ptp(factors, axis=0) > 0
+    for j in np.flatnonzero(~varies):
         warnings.warn(f"factor {j} is constant: left out of every mean.", stacklevel=3)
-    return np.ptp(factors, axis=0) > 0
+    return varies
+
 
 def mean_of(values, metric, wanted="a varying factor"):
     """Mean of the values that are not NaN; NaN and a warning if there are none."""
-    values = np.asarray(values)[~np.isnan(values)]
-    if not len(values):
+    values = np.asarray(values)
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
         warnings.warn(f"{metric} is undefined: it needs {wanted}.", stacklevel=3)
-    return float(values.mean()) if len(values) else float("nan")
+        return float("nan")
+    return float(values.mean())
+
+
+def entropy(labels):
+    """H of whole numbers from 0 on (N,), in nats."""
+    from scipy.special import entr               # -p log p, with 0 for p = 0
+    p = np.bincount(labels) / len(labels)
+    return entr(p).sum()
+
+
+def entropies(factors):
+    """H of each column, (K,)."""
+    return np.array([entropy(column) for column in factors.T])
+
 
 def mutual_information(codes, factors, n_bins=20):
     """I(z_i; y_j) in nats, (D, K), each latent in equal bins between its minimum and maximum."""
     codes, factors = as_arrays(codes, factors)
     mi = np.zeros((codes.shape[1], factors.shape[1]))
-    for row, z in zip(mi, codes.T):
-        edges = np.linspace(z.min(), z.max(), n_bins + 1)[:-1]           # last bin closed
-        bins = np.searchsorted(edges, z, side="right")[:, None] - 1
-        both = bins * (factors.max(axis=0) + 1) + factors
-        row[:] = entropies(bins) + entropies(factors) - entropies(both)
+    h_factors = entropies(factors)
+
+    for i, z in enumerate(codes.T):
+        # equal widths, as the library has them: one outlier squeezes all others into one bin
+        edges = np.linspace(z.min(), z.max(), n_bins + 1)
+        bins = np.searchsorted(edges[:-1], z, side="right") - 1        # the last bin is closed
+        h_bins = entropy(bins)
+        for j, y in enumerate(factors.T):
+            both = bins * (y.max() + 1) + y
+            mi[i, j] = h_bins + h_factors[j] - entropy(both)
     return np.where(mi < 1e-12, 0, mi)           # rounding residue of a dead latent is no score
 
-def entropies(columns):
-    """H of each column of whole numbers from 0 on, in nats, (K,)."""
-    from scipy.special import entr               # entr(0) is 0
-    return np.array([entr(np.bincount(y) / len(y)).sum() for y in columns.T])
 
 def mig_per_factor(codes, factors):
     """(I_1 - I_2) / H of each factor's two best latents, (K,), Eq. 1; I_2 = 0 if there is one."""
     codes, factors = as_arrays(codes, factors)
-    mi = np.sort(mutual_information(np.insert(codes, 0, 0, axis=1), factors), axis=0)
-    return (mi[-1] - mi[-2]) / np.where(varying(factors), entropies(factors), np.nan)
+    mi = mutual_information(codes, factors)
+    mi = np.insert(mi, 0, 0, axis=0)             # a latent that knows nothing
+    mi = np.sort(mi, axis=0)
+    h = np.where(varying(factors), entropies(factors), np.nan)
+    return (mi[-1] - mi[-2]) / h
+
 
 def mig(codes, factors):
     """Discrete mutual information gap, the mean of mig_per_factor, in [0, 1]."""
     return mean_of(mig_per_factor(codes, factors), "MIG")
 
+
 def correlation(codes, factors):
     """|Spearman's rho|, (D, K), with average ranks for ties; 0 with a constant column."""
     from scipy.stats import rankdata
-    d, ranks = np.shape(codes)[1], rankdata(np.hstack(as_arrays(codes, factors)), axis=0)
+    codes, factors = as_arrays(codes, factors)
+    ranks = rankdata(np.hstack([codes, factors]), axis=0)
     ranks = ranks - ranks.mean(axis=0)
-    ranks /= np.linalg.norm(ranks, axis=0).clip(1e-9)
+    ranks = ranks / np.linalg.norm(ranks, axis=0).clip(1e-9)
+    d = codes.shape[1]
     return np.abs(ranks[:, :d].T @ ranks[:, d:])
+
 
 def match(corr):
     """Row and column indices of the one-to-one pairs with the largest sum of corr (D, K)."""
     from scipy.optimize import linear_sum_assignment
     return linear_sum_assignment(corr, maximize=True)
 
+
 def mcc(codes, factors):
     """Spearman's mean correlation coefficient, in [0, 1]; low for a cyclic or unordered factor."""
     codes, factors = as_arrays(codes, factors)
     corr = correlation(codes, factors)[:, varying(factors)]
-    if not corr.size:
+    if corr.size == 0:
         return mean_of([], "MCC")
-    return float(corr[match(corr)].sum() / corr.shape[1])   # iVAE's code divides by min(D, K)
+    pairs = match(corr)
+    # factors without a latent count as 0; iVAE's code divides by min(D, K) and forgets them
+    return float(corr[pairs].sum() / corr.shape[1])
+
 
 def modularity_of_information(mi):
     """Modularity of a matrix (D, K) of mutual information. A latent that knows nothing scores 0."""
-    if mi.shape[1] < 2:
+    n_factors = mi.shape[1]
+    if n_factors < 2:
         return mean_of([], "modularity", "two varying factors")
-    live = mi.max(axis=1) > 0
-    scaled = mi / np.where(live, mi.max(axis=1), 1)[:, None]
-    return float(np.mean(live - (np.square(scaled).sum(axis=1) - live) / (mi.shape[1] - 1)))
+    scores = np.zeros(len(mi))
+    for i, row in enumerate(mi):
+        if row.max() > 0:
+            share = row / row.max()
+            others = np.square(share).sum() - 1
+            scores[i] = 1 - others / (n_factors - 1)
+    return float(scores.mean())
+
 
 def modularity(codes, factors):
     """How far each latent knows one factor only, in [0, 1]; dead ones 0, pure noise up to 0.7."""
     codes, factors = as_arrays(codes, factors)
-    return modularity_of_information(mutual_information(codes, factors)[:, varying(factors)])
+    mi = mutual_information(codes, factors)
+    return modularity_of_information(mi[:, varying(factors)])
+
+
+def order_of_rows(importance):
+    """1 less the entropy of each row, by its length, weighed by the row's share of the whole."""
+    p = importance + 1e-11                       # as the library does, for 0 log 0 is no number
+    p = p / p.sum(axis=1, keepdims=True)
+    order = 1 + (p * np.log(p)).sum(axis=1) / np.log(p.shape[1])
+    weight = importance.sum(axis=1) / (importance.sum() or 1)
+    return float(weight @ order)
+
 
 def dci_of_importance(importance):
     """Disentanglement and completeness of an importance matrix (D, K), a dict; 0 for all zeros."""
+    d, k = importance.shape
     scores = {}
-    for name, r, wanted in (("disentanglement", importance, "two varying factors"),
-                            ("completeness", importance.T, "two latents")):
-        p = (r + 1e-11) / (r + 1e-11).sum(axis=1, keepdims=True)         # avoids 0 ln 0
-        order = 1 + (p * np.log(p)).sum(axis=1) / np.log(max(p.shape[1], 2))
-        scores[name] = (mean_of([], name, wanted) if p.shape[1] < 2 or not p.size else
-                        float(r.sum(axis=1) / (r.sum() or 1) @ order))
+    if k < 2:
+        scores["disentanglement"] = mean_of([], "disentanglement", "two varying factors")
+    else:
+        scores["disentanglement"] = order_of_rows(importance)
+    if d < 2 or k < 1:
+        scores["completeness"] = mean_of([], "completeness", "two latents")
+    else:
+        scores["completeness"] = order_of_rows(importance.T)
     return scores
+
 
 def fit_trees(codes, factors, seed=0, label=None):
     """Importance (D, K) to boosted trees, and their test accuracy (K,), per varying factor."""
     from joblib import Parallel, delayed
     from sklearn.ensemble import GradientBoostingClassifier
     codes, factors = as_arrays(codes, factors)
-    order, split = np.random.default_rng(seed).permutation(len(codes)), 2 * len(codes) // 3
-    codes, factors = codes[order], factors[order][:, varying(factors[order[:split]])]
+    order = np.random.default_rng(seed).permutation(len(codes))
+    codes, factors = codes[order], factors[order]
+    split = 2 * len(codes) // 3
+    factors = factors[:, varying(factors[:split])]
+
     def fit(j):                                  # scikit-learn's defaults: 100 rounds, depth 3
-        trees = GradientBoostingClassifier(random_state=seed).fit(codes[:split], factors[:split, j])
-        return j, trees.feature_importances_, trees.score(codes[split:], factors[split:, j])
-    jobs = [delayed(fit)(j) for j in np.argsort(-factors.max(axis=0, initial=0))]  # longest first
-    matrix, accuracy = np.zeros((codes.shape[1], len(jobs))), np.zeros(len(jobs))
-    fits = Parallel(-1, return_as="generator_unordered", prefer="threads")(jobs) if jobs else ()
-    for j, *found in tqdm(fits, label, len(jobs), unit="factor", disable=not label):
-        matrix[:, j], accuracy[j] = found
-    return matrix, accuracy
+        trees = GradientBoostingClassifier(random_state=seed)
+        trees.fit(codes[:split], factors[:split, j])
+        accuracy = trees.score(codes[split:], factors[split:, j])
+        return j, trees.feature_importances_, accuracy
+
+    # factors in parallel, those of many values first, for they take longest
+    n_factors = factors.shape[1]
+    importance = np.zeros((codes.shape[1], n_factors))
+    accuracies = np.zeros(n_factors)
+    if n_factors == 0:
+        return importance, accuracies
+    jobs = [delayed(fit)(j) for j in np.argsort(-factors.max(axis=0))]
+    fits = Parallel(-1, return_as="generator_unordered", prefer="threads")(jobs)
+    for j, column, accuracy in tqdm(fits, label, n_factors, unit="factor", disable=not label):
+        importance[:, j] = column
+        accuracies[j] = accuracy
+    return importance, accuracies
+
 
 def dci(codes, factors, seed=0):
     """Disentanglement, completeness and informativeness (mean test accuracy), a dict."""
-    matrix, accuracy = fit_trees(codes, factors, seed)
-    return dci_of_importance(matrix) | {"informativeness": mean_of(accuracy, "informativeness")}
+    importance, accuracies = fit_trees(codes, factors, seed)
+    scores = dci_of_importance(importance)
+    scores["informativeness"] = mean_of(accuracies, "informativeness")
+    return scores
+
 
 def factorvae_score(codes, factors, seed=0, n_train=10_000, n_test=5_000, batch=64):
     """Accuracy of majority votes from a batch's least varying latent to the factor it shares."""
     codes, factors = as_arrays(codes, factors)
-    std, mask, rng = codes.std(axis=0), varying(factors), np.random.default_rng(seed)
-    codes = codes[:, std >= 0.05] / std[std >= 0.05]         # as in the library's study
-    if not codes.size or not mask.any():
-        return mean_of(np.zeros(mask.sum()), "FactorVAE score")
-    factor = rng.choice(np.flatnonzero(mask), n_train + n_test)
-    rows = [[np.flatnonzero(y == v) for v in range(y.max() + 1)] for y in factors.T]
-    latent, ballots = np.zeros_like(factor), np.zeros((codes.shape[1], len(mask)))
+    varied = np.flatnonzero(varying(factors))
+    std = codes.std(axis=0)
+    live = std >= 0.05                           # as in the library's study
+    codes = codes[:, live] / std[live]
+    if codes.size == 0 or len(varied) == 0:
+        return mean_of(np.zeros(len(varied)), "FactorVAE score")
+
+    # the rows of each value of each factor
+    rows = [[np.flatnonzero(y == value) for value in range(y.max() + 1)] for y in factors.T]
+
+    # each vote: a factor, a batch that shares its value, and the latent that varies least in it
+    rng = np.random.default_rng(seed)
+    factor = rng.choice(varied, n_train + n_test)
+    latent = np.zeros_like(factor)
     for vote, j in enumerate(factor):
-        same = rng.choice(rows[j][rng.integers(len(rows[j]))], batch)
+        value = rng.integers(len(rows[j]))
+        same = rng.choice(rows[j][value], batch)
         latent[vote] = codes[same].var(axis=0).argmin()
+
+    # each latent stands for the factor that most training votes give it
+    ballots = np.zeros((codes.shape[1], factors.shape[1]))
     np.add.at(ballots, (latent[:n_train], factor[:n_train]), 1)
-    return float((ballots.argmax(axis=1)[latent] == factor)[n_train:].mean())
+    elected = ballots.argmax(axis=1)
+    right = elected[latent] == factor
+    return float(right[n_train:].mean())
 
-def linear_r2(codes, factors, seed=0):
-    """Test R² of least squares from all latents to each factor's index, (K,); split as in DCI."""
-    codes, factors = as_arrays(codes, factors)
-    order, split = np.random.default_rng(seed).permutation(len(codes)), 2 * len(codes) // 3
-    x, y = np.insert(codes - codes.mean(axis=0), 0, 1, axis=1)[order], factors[order]
-    error = np.square(y - x @ np.linalg.lstsq(x[:split], y[:split], rcond=None)[0])[split:]
-    total = np.where(np.ptp(y[split:], axis=0) > 0, y[split:].var(axis=0), np.nan)
-    return 1 - error.mean(axis=0) / total
 
-# ---- Codes of a checkpoint ----
+# ---- Codes of a checkpoint or a file ----
+
 @torch.no_grad()
 def encode(model, data, rows, seed):
     """Means of q(z|x) and one sample of each, of the images in rows: (N, D) twice."""
-    parts = tqdm(rows.split(500), "encoding, 500 images each", disable=None, leave=False)
-    parts = [torch.stack(model.encode(data.images(part))).double().cpu() for part in parts]
-    mean, logvar = torch.cat(parts, dim=1)
+    means, logvars = [], []
+    for part in tqdm(rows.split(500), "encoding, 500 images each", disable=None, leave=False):
+        mean, logvar = model.encode(data.images(part))
+        means.append(mean.double().cpu())
+        logvars.append(logvar.double().cpu())
+    mean = torch.cat(means)
+    std = (0.5 * torch.cat(logvars)).exp()
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-    return mean.numpy(), (mean + (0.5 * logvar).exp() * noise).numpy()
+    return mean.numpy(), (mean + std * noise).numpy()
 
-def of_checkpoint(path, args):
-    """Codes, samples and factors of random images; those of modulated draws and u's own code."""
-    model = load_checkpoint(path, args.device)
-    data = load_data(args.data or str(model.info.get("data_arg", f"that of {path}")), args.device)
-    n, cfg = min(args.n, len(data)), model.cfg
-    rows = torch.from_numpy(np.random.default_rng(args.seed).choice(len(data), n, replace=False))
-    drawn, u = data.draw(min(n, N_SCORES), torch.Generator(data.device).manual_seed(args.seed),
-                         cfg.u, cfg.u_scale)
-    rows = torch.cat([rows.to(data.device), drawn])
-    codes, samples = encode(model, data, rows, args.seed)
-    factors, u = data.factors(rows).cpu().numpy(), u.cpu().numpy()
-    u = u[:, u.shape[1] // 2:] if cfg.u == "mean+var" else u   # the centres, or the log-scales
+
+def of_checkpoint(path, args, load=load_data):
+    """What a report is made of, a dict: codes, samples and factors of random images; those of
+    modulated draws and u's own code on them; what the checkpoint says of itself."""
+    device = pick_device(args.device)
+    model = load_checkpoint(path, device)
+    cfg = model.cfg
+    data = load(args.data or str(model.info.get("data_arg", f"that of {path}")), device)
+
+    # random images of the grid, then as many modulated draws
+    n = min(args.n, len(data))
+    rng = np.random.default_rng(args.seed)
+    rows = torch.from_numpy(rng.choice(len(data), n, replace=False)).to(device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    drawn, u = data.draw(min(n, N_SCORES), generator, cfg.u, cfg.u_scale)
+    codes, samples = encode(model, data, torch.cat([rows, drawn]), args.seed)
+    factors = data.factors(rows).cpu().numpy()
+    factors_drawn = data.factors(drawn).cpu().numpy()
+
+    # u as if it were a code: its centres, or else its log-scales
+    u = u.cpu().numpy()
+    if cfg.u == "mean+var":
+        u = u[:, u.shape[1] // 2:]
+
     info = {"data": data.name, "model": cfg.model, "config": vars(cfg), "weights": "EMA",
-            "training": model.info, "versions": {p: version(p) for p in ("torch", "scikit-learn")}}
+            "training": model.info}
     if args.generate:
-        info["generation"] = generation(model, data, rows[:n], codes[:n], args)
-    return {"codes": codes[:n], "samples": samples[:n], "factors": factors[:n], "info": info,
-            "names": data.factor_names, "draws": {"encoder_on_draws": (codes[n:], factors[n:]),
-                                                  "u_on_draws": (u, factors[n:])}}
+        info["generation"] = generation(model, data, rows, codes[:n], args)
+    return {"codes": codes[:n], "samples": samples[:n], "factors": factors,
+            "names": data.factor_names, "info": info,
+            "draws": {"encoder_on_draws": (codes[n:], factors_drawn),
+                      "u_on_draws": (u, factors_drawn)}}
+
+
+def of_codes(path, args):
+    """The same of a file with the arrays codes (N, D) and factors (N, K)."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            codes, factors = as_arrays(arrays["codes"], arrays["factors"])
+    except Exception as error:                   # of zip, numpy, as_arrays: many
+        reason = " ".join(str(error).split())
+        raise ValueError(f"'{path}' needs the arrays codes and factors: {reason}") from None
+    if args.generate or args.data:
+        raise ValueError(f"'{path}' holds codes: --generate and --data need a checkpoint.")
+
+    rows = np.random.default_rng(args.seed).permutation(len(codes))[:args.n]
+    names = [f"factor {j}" for j in range(factors.shape[1])]
+    info = {"data": f"factors of {path.name}", "model": "codes", "config": {}}
+    return {"codes": codes[rows], "samples": codes[rows], "factors": factors[rows],
+            "names": names, "info": info, "draws": {}}
+
 
 # ---- Generated images ----
+
 @lru_cache
 def train_reader(data, seed, steps=600):
     """A function images -> values (B, K) of the factors that vary, and its test accuracy (K,).
-    A classifier like Encoder, trained on images of data with faint noise and tested on others."""
+
+    A classifier like Encoder, trained on images of data with faint noise and tested on others.
+    """
     torch.manual_seed(seed)
-    k, v = len(data.varied), max(data.factor_sizes)
-    rows, n_test = torch.randperm(len(data)).to(data.device), min(len(data) // 10 + 1, 2000)
-    net = Encoder(Config(image_channels=data.image_shape[0], image_size=data.image_shape[1],
-                         latent_dim=(k * v + 1) // 2)).net.to(data.device)
+    k = len(data.varied)
+    v = max(data.factor_sizes)
+    channels, side, _ = data.image_shape
+    cfg = Config(image_channels=channels, image_size=side, latent_dim=(k * v + 1) // 2)
+    net = Encoder(cfg).net.to(data.device)       # k v outputs, or one more
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+
     def logits(x):
-        return net(x)[:, :k * v].view(-1, v, k)                        # (B, V values, K)
+        return net(x)[:, :k * v].view(-1, v, k)                # (B, V values, K)
+
+    rows = torch.randperm(len(data)).to(data.device)
+    n_test = min(len(data) // 10 + 1, 2000)
     for _ in tqdm(range(steps), "training a classifier", disable=None, leave=False):
         batch = rows[torch.randint(n_test, len(data), (128,))]
-        x, y = data.images(batch), data.factors(batch)[:, data.varied]
+        x = data.images(batch)
+        y = data.factors(batch)[:, data.varied]
+        loss = F.cross_entropy(logits(x + 0.1 * torch.randn_like(x)), y)
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(logits(x + 0.1 * torch.randn_like(x)), y).backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
     net.requires_grad_(False)
-    right = [logits(data.images(part)).argmax(dim=1) == data.factors(part)[:, data.varied]
-             for part in rows[:n_test].split(500)]
-    return lambda x: logits(x).argmax(dim=1), torch.cat(right).double().mean(dim=0)
+
+    def read(x):
+        return logits(x).argmax(dim=1)
+
+    # on images that it was not trained on
+    right = []
+    for part in rows[:n_test].split(500):
+        right.append(read(data.images(part)) == data.factors(part)[:, data.varied])
+    return read, torch.cat(right).double().mean(dim=0)
+
 
 def draw_images(model, z, x, noise):
-    """Images of z (1 + K, B, D) by network, and squared errors, z[0] being the code of x."""
-    images, errors = {"decoder": model.decode(z.flatten(0, 1)).clamp(-1, 1)}, {}
-    if model.unet:
-        images["diffusion"] = model.sample(z.flatten(0, 1), noise().repeat(len(z), 1, 1, 1))
-        eps_fn, ts = model.eps_fn(z[0]), time_grid(20, model.sde).to(x)
-        back = sample_dpmpp(eps_fn, invert(eps_fn, x, ts, model.sde), ts, model.sde)
-        again = model.sample(z[0], noise())      # half their squared difference: the variance
-        errors = {"inverted_mse": back.clamp(-1, 1) - x,
-                  "std_given_z": (images["diffusion"][:len(x)] - again) / 2**0.5}
-    errors |= {f"{network}_mse": image[:len(x)] - x for network, image in images.items()}
-    return images, {name: error.square().flatten(1).mean(dim=1) for name, error in errors.items()}
+    """Images of z (1 + K, B, D) by network, and squared errors (B,), z[0] being the code of x."""
+    every = z.flatten(0, 1)
+    images = {"decoder": model.decode(every).clamp(-1, 1)}
+    differences = {}
+    if model.unet is not None:
+        images["diffusion"] = model.sample(every, noise().repeat(len(z), 1, 1, 1))
+
+        # image -> noise -> image
+        eps_fn = model.eps_fn(z[0])
+        ts = time_grid(20, model.sde).to(x)
+        start = invert(eps_fn, x, ts, model.sde)
+        back = sample_dpmpp(eps_fn, start, ts, model.sde)
+        differences["inverted_mse"] = back.clamp(-1, 1) - x
+
+        # half the squared difference of two samples is their variance
+        again = model.sample(z[0], noise())
+        differences["std_given_z"] = (images["diffusion"][:len(x)] - again) / 2**0.5
+
+    for network, image in images.items():
+        differences[f"{network}_mse"] = image[:len(x)] - x
+    errors = {name: d.square().flatten(1).mean(dim=1) for name, d in differences.items()}
+    return images, errors
+
 
 def generation(model, data, rows, codes, args):
     """Shares (K,) of factors that a classifier reads right in images made of codes (N, D) of rows
     (N,), and pixels' errors. Edit k: the next image's latent that matches factor k, same noise."""
-    (read, limit), y = train_reader(data, args.seed), data.factors(rows)[:, data.varied]
-    pairs, y = zip(*match(mutual_information(codes, y))), y[:args.generate]
-    z = torch.from_numpy(codes[:len(y)]).float().to(y.device).repeat(1 + y.shape[1], 1, 1)
+    read, limit = train_reader(data, args.seed)
+    y = data.factors(rows)[:, data.varied]                     # (N, K)
+    n_factors = y.shape[1]
+    pairs = zip(*match(mutual_information(codes, y)))
+    y = y[:args.generate]
+    y_next = y.roll(-1, 0)
+
+    # codes as they are, then those with one factor's latent of the next image
+    z = torch.from_numpy(codes[:len(y)]).float().to(y.device)
+    z = z.repeat(1 + n_factors, 1, 1)                          # (1 + K, N, D)
     for i, k in pairs:
-        z[1 + k, :, i] = z[0, :, i].roll(-1)                           # (1 + K, N, D)
-    found, batches = defaultdict(list, classifier=[limit[None]]), torch.arange(len(y)).split(10)
+        z[1 + k, :, i] = z[0, :, i].roll(-1)
+
+    found = defaultdict(list, classifier=[limit[None]])
+    batches = torch.arange(len(y)).split(10)
     for ids in tqdm(batches, "generating, 10 images each", disable=None, leave=False):
         x = data.images(rows[ids])
         noise = seeded_noise([args.seed + i for i in ids.tolist()], x.shape[1:], x.device)
         images, errors = draw_images(model, z[:, ids], x, noise)
+        for name, error in errors.items():
+            found[name].append(error)
+
         for network, image in images.items():
-            seen = read(image).view(len(z), len(x), -1)                # (1 + K, B, K)
-            old, new = ((seen == a[ids]).double() for a in (y, y.roll(-1, 0)))
-            own, edited = (a[1:].diagonal(dim1=0, dim2=2) for a in (old, new))   # (B, K)
-            errors |= {network: old[0], f"{network}, z shuffled": new[0],
-                       f"{network}, edited": edited,
-                       f"{network}, others kept": (old[1:].sum(dim=2).T - own) / (len(z) - 2)}
-        for name, value in errors.items():
-            found[name].append(value)
-    means = {name: torch.cat(parts).mean(dim=0) for name, parts in found.items()}
+            seen = read(image).view(len(z), len(x), -1)        # (1 + K, B, K)
+            old = (seen == y[ids]).double()
+            new = (seen == y_next[ids]).double()
+            kept = old[1:].diagonal(dim1=0, dim2=2)            # (B, K), of edit k's factor k
+            edited = new[1:].diagonal(dim1=0, dim2=2)
+            others = old[1:].sum(dim=2).T - kept
+            found[network].append(old[0])
+            found[f"{network}, z shuffled"].append(new[0])
+            found[f"{network}, edited"].append(edited)
+            found[f"{network}, others kept"].append(others / (n_factors - 1))
+
+    # means over images: of factors a row each, of pixels one number
     names = [*(data.factor_names[k] for k in data.varied), "mean"]
-    shares = {name: dict(zip(names, [*v, v.mean()])) for name, v in means.items() if v.dim()}
-    pixels = {k: v ** (0.5 if "std" in k else 1) for k, v in means.items() if not v.dim()}
+    shares, pixels = {}, {}
+    for name, parts in found.items():
+        mean = torch.cat(parts).mean(dim=0)
+        if mean.dim():
+            shares[name] = dict(zip(names, [*mean, mean.mean()]))
+        else:
+            pixels[name] = mean.sqrt() if "std" in name else mean
     return {"n": len(y), "accuracy": shares, "pixels": pixels}
 
+
 # ---- The report ----
-def four(codes, factors, matrix=None):
+
+# It is a dict: "metrics" and, for comparison, "noise_floor", "active", "..._on_draws", each with
+# the names of NAMES as keys; "per_factor"; what a checkpoint says of itself; "generation".
+
+def four(codes, factors, importance=None):
     """The paper's four metrics, a dict; disentanglement of DCI's matrix, NaN without one."""
-    d = np.nan if matrix is None else dci_of_importance(matrix)["disentanglement"]
-    return {"mig": mig(codes, factors), "mcc": mcc(codes, factors), "disentanglement": d,
-            "modularity": modularity(codes, factors)}
+    disentanglement = np.nan
+    if importance is not None:
+        disentanglement = dci_of_importance(importance)["disentanglement"]
+    return {"mig": mig(codes, factors), "mcc": mcc(codes, factors),
+            "disentanglement": disentanglement, "modularity": modularity(codes, factors)}
+
 
 def measure(s, args):
-    """The numbers of the report, a dict, of what of_checkpoint gives."""
-    codes, factors, std = s["codes"], s["factors"], s["codes"].std(axis=0)
-    active = std >= 0.05 * std.max()             # a collapsed latent is not constant
-    noise = np.random.default_rng(args.seed).permutation(codes)
-    few, matrix, floor = (codes[:N_DCI], factors[:N_DCI], args.seed), None, None
-    scores = {"factorvae": factorvae_score(*few), "linear_r2": mean_of(linear_r2(*few), "R²")}
-    if not args.no_dci:
-        matrix, accuracy = fit_trees(*few, "DCI")
-        floor, _ = fit_trees(noise[:N_DCI], *few[1:], "DCI, noise floor")
-        scores |= dci_of_importance(matrix) | {"informativeness": mean_of(accuracy, "accuracy")}
-    if len(codes) <= N_DCI:
-        codes, noise, factors = (a[:N_SCORES] for a in (codes, noise, factors))
-    mi, corr, gap = (f(codes, factors) for f in (mutual_information, correlation, mig_per_factor))
-    share, best = mi / np.where(np.isnan(gap), np.nan, entropies(factors)), mi.argmax(axis=0)
-    pairs = {j: i for i, j in zip(*match(corr))}
-    return s["info"] | {key: four(*pair) for key, pair in s["draws"].items()} | {
-        "metrics": dict.fromkeys(NAMES, np.nan) | scores | four(codes, factors, matrix),
-        "noise_floor": four(noise, factors, floor), "n_active": active.sum(), "active":
-        four(codes[:, active], factors, matrix if matrix is None else matrix[active]),
-        "per_factor": {name: {"latent": best[j], "mi_over_h": share[best[j], j], "gap": gap[j],
-                              "rho": corr[best[j], j], "mcc_latent": pairs.get(j)}
-                       for j, name in enumerate(s["names"])},
-        "n": len(codes), "latent_std": std, "mi_over_h": share}
+    """The numbers of the report, a dict, of what of_checkpoint or of_codes gives."""
+    codes, factors = s["codes"], s["factors"]
+    std = codes.std(axis=0)
 
-def report(path, args):
-    """The report of one file, a dict: from its metrics.json if nothing changed, or computed."""
-    target, content = path.with_name("metrics.json"), path.read_bytes() if path.is_file() else b""
-    key = {"sha256": hashlib.sha256(content).hexdigest(), "n": args.n, "seed": args.seed,
-           "dci": not args.no_dci, "data": args.data, "generate": args.generate}
-    with suppress(Exception), redirect_stdout(None):     # none yet, or too damaged to be shown
-        print_report(stored := json.loads(target.read_text()) | {"file": str(path)})
-        spare = {"dci": args.no_dci, "generate": not args.generate}     # more than asked for
-        if not args.fresh and all(spare.get(k) or stored["key"].get(k) == key[k] for k in key):
-            return stored
+    # a collapsed latent is not constant, and equal bins stretch what is left of it
+    active = std >= 0.05 * std.max()
+
+    # metrics that take more rows than the standard
+    scores = dict.fromkeys(NAMES, np.nan)
+    scores["factorvae"] = factorvae_score(codes[:N_DCI], factors[:N_DCI], args.seed)
+    importance = None
+    if not args.no_dci:
+        importance, accuracies = fit_trees(codes[:N_DCI], factors[:N_DCI], args.seed, "DCI")
+        scores.update(dci_of_importance(importance))
+        scores["informativeness"] = mean_of(accuracies, "informativeness")
+
+    # those that take the standard's, also of noise: the codes of other images
+    noise = np.random.default_rng(args.seed).permutation(codes)
+    if len(codes) <= N_DCI:
+        codes, noise, factors = codes[:N_SCORES], noise[:N_SCORES], factors[:N_SCORES]
+    scores.update(four(codes, factors, importance))
+    among_active = None if importance is None else importance[active]
+
+    # which latent knows which factor
+    mi = mutual_information(codes, factors)
+    corr = correlation(codes, factors)
+    gap = mig_per_factor(codes, factors)
+    share = mi / np.where(np.isnan(gap), np.nan, entropies(factors))
+    matched = {j: i for i, j in zip(*match(corr))}
+    per_factor = {}
+    for j, name in enumerate(s["names"]):
+        best = mi[:, j].argmax()
+        per_factor[name] = {"latent": best, "mi_over_h": share[best, j], "gap": gap[j],
+                            "rho": corr[best, j], "mcc_latent": matched.get(j)}
+
+    return {**s["info"], "metrics": scores,
+            "noise_floor": four(noise, factors),
+            "active": four(codes[:, active], factors, among_active),
+            **{name: four(*pair) for name, pair in s["draws"].items()},
+            "per_factor": per_factor, "n": len(codes), "n_active": active.sum(),
+            "latent_std": std, "mi_over_h": share}
+
+
+def holds(path):
+    """Whether a path is a "report", "codes" or a "checkpoint", by its content."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return "codes" if "codes.npy" in archive.namelist() else "checkpoint"
+    if path.is_file() and path.read_bytes()[:1] == b"{":
+        return "report"
+    return "checkpoint"
+
+
+def read_report(path, args):
+    """A metrics.json as it is; ValueError if it is damaged or a flag asks for more."""
+    defaults = build_parser().parse_args([str(path)])
+    for name in ("n", "generate", "no_dci", "seed", "data", "device"):
+        if getattr(args, name) != getattr(defaults, name):
+            raise ValueError(f"'{path}' is a report already: --{name.replace('_', '-')} needs the "
+                             "checkpoint.")
+    try:
+        result = json.loads(path.read_text())
+        format_report(result)
+    except Exception as error:                   # of json, or of whatever is missing: many
+        reason = " ".join(f"{type(error).__name__}, {error}".split())
+        raise ValueError(f"'{path}' is no report of evaluate.py, or is damaged: {reason}. Make it "
+                         "again of the checkpoint.") from None
+    return result
+
+
+def report(path, args, load=load_data):
+    """The report of one file, a dict, and what it was made of: None if it was read as it is."""
     if args.n < 3 or args.generate < 0:
         raise ValueError(f"--n must be at least 3, --generate 0: got {args.n}, {args.generate}.")
-    s = of_checkpoint(path, args)
-    result = measure(s, args) | {"file": str(path), "key": key}
-    for draw in (draw_latents, draw_factors, draw_information):
-        draw(result, s).savefig(path.with_name(f"{draw.__name__[5:]}.png"), dpi=150)
-    result = json.loads(json.dumps(result, default=lambda a: getattr(a, "tolist", a.__str__)()),
-                        parse_constant=lambda nan: None)
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    kind = holds(path)
+    if kind == "report":
+        return read_report(path, args), None
+
+    s = of_codes(path, args) if kind == "codes" else of_checkpoint(path, args, load)
+    result = measure(s, args)
+    result["file"] = str(path)
+    result["seed"] = args.seed
+    result["versions"] = {package: version(package) for package in ("torch", "scikit-learn")}
+
+    # plain numbers; NaN is no JSON
+    text = json.dumps(result, default=lambda a: a.tolist())
+    return json.loads(text, parse_constant=lambda nan: None), s
+
+
+def write_report(result, s, folder):
+    """metrics.json and pictures, in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw_latents(result, s).savefig(folder / "latents.png", dpi=150)
+    draw_factors(s).savefig(folder / "factors.png", dpi=150)
+    draw_information(result, s).savefig(folder / "information.png", dpi=150)
+
 
 def table(columns):
     """A Markdown table, padded to be read as it is; floats with three digits, - for None."""
     padded = []
     for column in columns:
-        text = ["-" if v is None else f"{v:.3f}" if type(v) is float else str(v) for v in column]
-        width = max(map(len, text))
-        padded.append([v.ljust(width) for v in (text[0], "-" * width, *text[1:])])
-    return "".join(f"| {' | '.join(row)} |\n" for row in zip(*padded))
+        texts = []
+        for value in column:
+            if value is None:
+                texts.append("-")
+            elif isinstance(value, float):
+                texts.append(f"{value:.3f}")
+            else:
+                texts.append(str(value))
+        width = max(map(len, texts))
+        texts.insert(1, "-" * width)             # below the title
+        padded.append([text.ljust(width) for text in texts])
+    rows = [f"| {' | '.join(row)} |\n" for row in zip(*padded)]
+    return "".join(rows)
 
-def print_report(r):
-    """Print a report for people."""
-    columns = {"codes": "metrics", f"{r['n_active']} active": "active", "noise": "noise_floor",
-               "codes, on draws": "encoder_on_draws", "u alone, on draws": "u_on_draws"}
-    kind = "modes (MCC by order)" if r["config"].get("latent") in ("st", "gumbel") else "means"
-    print(f"{r['file']}: {MODELS[r['model']]}, {len(r['latent_std'])} latents; {r['data']}\n"
-          f"{kind} of q(z|x), {r['weights']} weights, n = {r['n']:,}, seed {r['key']['seed']}\n")
-    print(table([["metric", *NAMES.values()], *([title, *map(r[key].get, NAMES)]
-                                                for title, key in columns.items())]))
-    print(table(zip(["factor", "latent", "MI/H", "gap", "|rho|", "MCC's latent"],
-                    *([name, *row.values()] for name, row in r["per_factor"].items()))))
-    if made := r.get("generation"):
-        rows = made["accuracy"]
-        print(table(zip([f"read right, n = {made['n']}", *rows["classifier"]],
-                        *([name, *row.values()] for name, row in rows.items()))))
-        print(", ".join(f"{name} {v:.2g}" for name, v in made["pixels"].items()), end="\n\n")
-    print("std of the latents:", *(f"{std:.3f}" for std in r["latent_std"]))
+
+def format_report(r):
+    """A report for people."""
+    model = MODELS.get(r["model"], r["model"])
+    kind = "codes"
+    if r["model"] in MODELS:
+        categorical = r["config"].get("latent") in ("st", "gumbel")
+        kind = "modes (MCC by order)" if categorical else "means"
+        kind += f" of q(z|x), {r['weights']} weights"
+    text = (f"{r['file']}: {model}, {len(r['latent_std'])} latents; {r['data']}\n"
+            f"{kind}, n = {r['n']:,}, seed {r['seed']}\n\n")
+
+    # the metrics, and what to compare them with
+    titles = {"metrics": "codes", "active": f"{r['n_active']} active", "noise_floor": "noise",
+              "encoder_on_draws": "codes, on draws", "u_on_draws": "u alone, on draws"}
+    columns = [["metric", *NAMES.values()]]
+    for key, title in titles.items():
+        if key in r:
+            columns.append([title, *(r[key].get(name) for name in NAMES)])
+    text += table(columns) + "\n"
+
+    rows = [["factor", "latent", "MI/H", "gap", "|rho|", "MCC's latent"]]
+    for name, row in r["per_factor"].items():
+        rows.append([name, *row.values()])
+    text += table(zip(*rows)) + "\n"
+
+    if "generation" in r:
+        made = r["generation"]
+        rows = [[f"read right, n = {made['n']}", *made["accuracy"]["classifier"]]]
+        for name, row in made["accuracy"].items():
+            rows.append([name, *row.values()])
+        pixels = [f"{name} {value:.2g}" for name, value in made["pixels"].items()]
+        text += f"{table(zip(*rows))}\n{', '.join(pixels)}\n\n"
+    return text + "std of the latents: " + " ".join(f"{std:.3f}" for std in r["latent_std"])
+
+
+# ---- The paper's tables ----
+
+def summary(group):
+    """A cell for each of the four metrics: mean ± std / max over a group of reports."""
+    cells = []
+    for name in FOUR:
+        values = np.array([r["metrics"][name] for r in group], float)
+        if np.isnan(values).any():
+            cells.append("-")
+        elif len(group) == 1:
+            cells.append(f"{values[0]:.2f}")
+        else:
+            cells.append(f"{values.mean():.2f} ± {values.std(ddof=1):.2f} / {values.max():.2f}")
+    return cells
+
+
+def format_table(title, columns):
+    """A table of {name: group of reports}, each beside the paper's own figures, if it has any."""
+    rows = [["metric", *(NAMES[name] for name in FOUR)]]
+    for name, group in columns.items():
+        rows.append([f"{name}, n = {len(group)}", *summary(group)])
+        if name in PAPER:
+            rows.append(["paper", *PAPER[name].split(", ")])
+    return f"{title}\n\n{table(rows)}\n"
+
+
+def format_tables(results):
+    """Table 2 (by model) and Table 3 (by configuration, over its seeds), of each data set."""
+    by_data, by_config = {}, {}
+    for r in results:
+        models = by_data.setdefault(r["data"], {})
+        models.setdefault(MODELS.get(r["model"], r["model"]), []).append(r)
+        key = str([r["data"], {**r["config"], "seed": None}])
+        by_config.setdefault(key, []).append(r)
+
+    text = ""
+    for data, models in by_data.items():
+        text += format_table(f"Table 2, mean ± std / max by model; {data}", models)
+    for group in by_config.values():
+        if len(group) > 1 and group[0]["config"]:
+            best = max(group, key=lambda r: r["metrics"]["mig"] or 0)
+            title = f"Table 3, mean ± std / max over seeds of {group[0]['file']}"
+            text += format_table(title, {"best": [best], "all seeds": group})
+    return text
+
 
 # ---- Pictures ----
+
 def panels(n, size=(6, 1.6)):
     """A figure and its n axes, one above the other, of a size in inches."""
     from matplotlib.figure import Figure
-    figure = Figure((size[0], n * size[1]), layout="constrained")
+    width, height = size
+    figure = Figure((width, n * height), layout="constrained")
     return figure, figure.subplots(n, squeeze=False)[:, 0]
+
 
 def draw_latents(r, s):
     """Histograms of samples of each latent, coloured by the factor it knows most of."""
     from matplotlib import colormaps
-    share, (figure, axes) = np.nan_to_num(r["mi_over_h"]), panels(len(r["latent_std"]))
-    for i, (ax, j) in enumerate(zip(axes, share.argmax(axis=1))):
-        z, y = s["samples"][:, i], s["factors"][:, j]
-        ax.hist([z[y == v] for v in range(y.max() + 1)], stacked=True, histtype="stepfilled",
-                bins=np.linspace(z.min(), z.max() + 1e-6, 61),
-                color=colormaps["hsv" if "hue" in s["names"][j] else "viridis"](
-                    np.arange(y.max() + 1) / (y.max() + 1)))
-        ax.set(yticks=[], xlabel=f"z{i} sampled; {s['names'][j]}: MI/H {share[i, j]:.2f}")
+    share = np.array(r["mi_over_h"], float)      # None is NaN
+    share = np.nan_to_num(share)
+    figure, axes = panels(len(share))
+    for i, ax in enumerate(axes):
+        j = share[i].argmax()
+        name = s["names"][j]
+        z = s["samples"][:, i]
+        y = s["factors"][:, j]
+        n_values = y.max() + 1
+
+        # stacked by value: a latent that found the factor shows a mode a colour
+        by_value = [z[y == value] for value in range(n_values)]
+        colours = colormaps["hsv" if "hue" in name else "viridis"](np.arange(n_values) / n_values)
+        bins = np.linspace(z.min(), z.max() + 1e-6, 61)
+        ax.hist(by_value, bins, stacked=True, histtype="stepfilled", color=colours)
+        ax.set(yticks=[], xlabel=f"z{i} sampled; {name}: MI/H {share[i, j]:.2f}")
     return figure
 
-def draw_factors(r, s):
+
+def draw_factors(s):
     """Share of each value of each factor, over the grid and in modulated draws."""
     figure, axes = panels(len(s["names"]))
     for j, ax in enumerate(axes):
-        y = [a[:, j] for a in (s["factors"], s["draws"]["u_on_draws"][1])]
-        ax.hist(y, np.arange(y[0].max() + 2) - 0.5, density=True, label=("grid", "modulated draws"))
-        ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share", xticks=np.unique(y[0])[::2])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+        shown = {"grid": s["factors"][:, j]}
+        if s["draws"]:
+            _, factors = s["draws"]["u_on_draws"]
+            shown["modulated draws"] = factors[:, j]
+        edges = np.arange(shown["grid"].max() + 2) - 0.5
+        ax.hist(list(shown.values()), edges, density=True, label=list(shown))
+        ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share",
+               xticks=np.unique(shown["grid"])[::2])
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
     return figure
+
 
 def draw_information(r, s):
     """The matrix MI/H."""
-    share, (figure, (ax,)) = r["mi_over_h"], panels(1, (1.6 + 0.9 * len(s["names"]), 4.5))
+    share = np.array(r["mi_over_h"], float)
+    figure, (ax,) = panels(1, (1.6 + 0.9 * len(s["names"]), 4.5))
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (i, j), v in np.ndenumerate(share):
-        ax.text(j, i, f"{v:.2f}", ha="center", va="center", color="1" if v > 0.6 else "0")
+    for (i, j), value in np.ndenumerate(share):
+        colour = "white" if value > 0.6 else "black"
+        ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
     ax.set_xticks(range(len(s["names"])), s["names"], rotation=30, ha="right")
     ax.set(ylabel="latent", title="mutual information / entropy")
     return figure
 
-def write_tables(results):
-    """Print and write Table 2 (by model) and Table 3 (by configuration, over its seeds)."""
-    models, configs, text = {}, {}, ""
-    for r in results:
-        models.setdefault(MODELS[r["model"]], []).append(r)
-        configs.setdefault(str([r["data"], r["config"] | {"seed": None}]), []).append(r)
-    tables = {"Table 2, mean ± std / max by model": models} | {
-        f"Table 3, mean ± std / max over seeds of {group[0]['file']}": {
-            "best": [max(group, key=lambda r: r["metrics"]["mig"] or 0)], "all seeds": group}
-        for group in configs.values() if len(group) > 1}
-    for title, columns in tables.items():
-        rows = [["metric", *(NAMES[m] for m in FOUR)]]
-        for name, group in columns.items():
-            form = "{:.2f} ± {:.2f} / {:.2f}" if len(group) > 1 else "{:.2f}"
-            v = np.array([[r["metrics"][m] for r in group] for m in FOUR], float)
-            texts = ["-" if np.isnan(row).any() else form.format(
-                row.mean(), row.std(ddof=len(row) > 1), row.max()) for row in v]
-            rows += [[f"{name}, n = {len(group)}", *texts], ["paper", *PAPER[name].split(", ")]]
-        text += f"{title}\n\n{table(rows)}\n"
-    folder = os.path.commonpath([Path(r["file"]).resolve().parent for r in results])
-    print(text, flush=True)
-    Path(folder, "tables.md").write_text(text)
+
+def run(args):
+    """Report on one path, or tables over many."""
+    load = lru_cache(load_data)                  # one load for many checkpoints
+    many = len(args.paths) > 1
+    results = []
+    for path in args.paths:
+        result, s = report(path, args, load)
+        results.append(result)
+        if not many:
+            print(format_report(result), flush=True)
+        if s is not None:                        # pictures last: the numbers are out
+            write_report(result, s, path.parent if many else args.out or path.parent)
+
+    if many:
+        text = format_tables(results)
+        print(text, flush=True)
+        parents = [path.resolve().parent for path in args.paths]
+        folder = args.out or Path(os.path.commonpath(parents))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tables.md").write_text(text, encoding="utf-8")
+
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     warnings.simplefilter("once")
     try:
-        results = [report(path, args) for path in args.paths]
-        print_report(results[0]) if len(results) == 1 else write_tables(results)
-    except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        run(args)
+    except (ImportError, OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"evaluate.py: {' '.join(str(error).split())}") from None
+
 
 if __name__ == "__main__":
     main()

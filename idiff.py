@@ -58,10 +58,13 @@ class Config:
                          "straight-through", ("gaussian", "gumbel", "st"))
     categories: int = option(16, "categories L of each categorical latent", least=2)
     prior: str = option("known", "p(z|u): read off u; a net per latent; one net of all u", PRIORS)
+    prior_mean: str = option("auto", "means of a learned p(z|u); auto: zero under --u var",
+                             ("auto", "learned", "zero"))
     u: str = option("mean+var", "what u modulates of each factor", ("var", "mean+var"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
     kl: float = option(1e-4, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
+    contrast: float = option(0.0, "weight of the contrast of z and u, with p(z|u) as the critic")
     kl_mean: float = option(5e-2, "further weight of KL's mean term, which ties mu_q to mu_p")
     kl_balance: float = option(0.5, "share of KL's gradient that goes to p(z|u)", below=1)
     kl_reverse: float = option(0.0, "weight of KL(p(z|u) || q(z|x)), as a multiple of KL's own")
@@ -109,8 +112,8 @@ class Config:
             raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}.")
         if self.unet_width % 8:
             raise ValueError(f"unet_width must be a multiple of 8, got {self.unet_width}.")
-        if self.model != "idiff" and self.rec == self.kl == self.kl_mean == 0:
-            raise ValueError("rec, kl and kl_mean are all 0: nothing would be learned.")
+        if self.model != "idiff" and self.rec == self.kl == self.kl_mean == self.contrast == 0:
+            raise ValueError("rec, kl, kl_mean and contrast are all 0: nothing would be learned.")
 
     @property
     def z_dim(self):
@@ -118,6 +121,11 @@ class Config:
         if self.latent == "gaussian":
             return self.latent_dim
         return self.latent_dim * self.categories
+
+    @property
+    def zero_means(self):
+        """Whether a learned p(z|u) has means of 0. (A learned one lets z_i fold, telling |g_i|.)"""
+        return self.prior_mean == "zero" or (self.prior_mean == "auto" and self.u == "var")
 
     @property
     def halvings(self):
@@ -212,6 +220,19 @@ def balanced_kl(q, p, share):
     to_p = kl_loss(q.detach(), p)
     to_q = kl_loss(q, p.detach())
     return 2 * share * to_p + 2 * (1 - share) * to_q - value
+
+
+def contrast_loss(z, p):
+    """-E[log p(z_a|u_a) - log mean_b p(z_a|u_b)], in nats: InfoNCE of z and u, the prior as critic.
+
+    z: (B, D), or (B, D, L) categories; p: p(z|u) of N >= B draws, over (N, D), the first B those of
+    z. At least -log N; 0 where p does not depend on u; 0 or more on average where z does not.
+    Returns shape (). Source: van den Oord et al. 2018; Hyvarinen et al. 2019.
+    """
+    log_p = p.log_prob(z[:, None]).sum(dim=2)                  # (B, N)
+    own = log_p.diagonal()                                     # (B,)
+    any_u = log_p.logsumexp(dim=1) - math.log(log_p.shape[1])  # (B,)
+    return (any_u - own).mean()
 
 
 def kl_of_means(q, p):
@@ -398,8 +419,7 @@ class KnownPrior(nn.Module):
 class DiagonalPrior(nn.Module):
     """A small network per latent i, which sees u's entries for factor i alone.
 
-    Means are 0 if u has none: a learned one lets z_i fold, telling |g_i| alone. Latents without a
-    factor: N(0, 1).
+    Latents without a factor: N(0, 1).
     """
 
     def __init__(self, cfg, hidden=64):
@@ -422,29 +442,44 @@ class DiagonalPrior(nn.Module):
         h = self.net(by_factor.flatten(1).unsqueeze(2))        # (B, n * (2 or L), 1)
         h = h.view(len(u), self.n, -1)
 
-        if self.cfg.u == "var" and self.cfg.latent == "gaussian":
-            h = F.pad(h[:, :, 1:], (1, 0))                     # means of 0
+        if self.cfg.zero_means and self.cfg.latent == "gaussian":
+            h = F.pad(h[:, :, 1:], (1, 0))
         return prior_distribution(self.cfg, h)
 
 
 class FullPrior(nn.Module):
-    """One network over all of u for the means and log-variances of all latents: the paper's."""
+    """One network over all of u for the means and log-variances of all latents: the paper's.
+
+    A linear map of u, and a small network beside it that starts at 0. The map is random and
+    orthogonal, for a prior that starts independent of u is a saddle of the loss: it stays so.
+    """
 
     def __init__(self, cfg, hidden=128):
         super().__init__()
         self.cfg = cfg
         n_in = cfg.n_factors if cfg.u == "var" else 2 * cfg.n_factors
-        n_out = cfg.latent_dim * numbers_per_latent(cfg)
+        numbers = numbers_per_latent(cfg)
+        self.linear = nn.Linear(n_in, cfg.latent_dim * numbers)
         self.net = nn.Sequential(
             nn.Linear(n_in, hidden),
             nn.SiLU(),
             nn.Linear(hidden, hidden),
             nn.SiLU(),
-            nn.Linear(hidden, n_out))
+            nn.Linear(hidden, cfg.latent_dim * numbers))
+
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+        nn.init.zeros_(self.linear.bias)
+        weight = self.linear.weight.unflatten(0, (-1, numbers))        # (D, 2 or L, U)
+        for k in range(numbers):                               # means of one map, scales of another
+            nn.init.orthogonal_(weight[:, k])
 
     def forward(self, u):
-        h = self.net(u.float())                                # (B, D * (2 or L))
+        u = u.float()
+        h = self.linear(u) + self.net(u)                       # (B, D * (2 or L))
         h = h.unflatten(1, (self.cfg.latent_dim, -1))
+        if self.cfg.zero_means and self.cfg.latent == "gaussian":
+            h = F.pad(h[:, :, 1:], (1, 0))
         return prior_distribution(self.cfg, h)
 
 
@@ -701,8 +736,9 @@ class IDiff(nn.Module):
     def forward(self, x, u, t, eps, n_rec=None):
         """The unweighted terms of Eq. 2 and those beyond it, a dict of float32 scalars.
 
-        x: (B, C, H, W); u: (B, U); t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all
-        B images, the decoder the first n_rec (None: all), the U-Net the first b.
+        x: (B, C, H, W); u: (N, U), N >= B, the first B those of x; t: (b,) and eps: (b, C, H, W)
+        with b <= B. The encoder sees all B images, the decoder the first n_rec (None: all), the
+        U-Net the first b.
 
         rec is the mean squared error of the decoder, kl the KL(q(z|x) || p(z|u)). ddpm (Eq. 3 with
         lambda(t) = sigma^2) is the mean squared error of the noise estimate, or, where the U-Net
@@ -715,7 +751,7 @@ class IDiff(nn.Module):
 
         # iVAE: every image is encoded, the first ones are decoded
         q = self.encoder(x)                                    # over (B, D)
-        p = self.prior(u)                                      # over (B, D)
+        p = self.prior(u[:len(x)])                             # over (B, D)
         z = q.rsample().flatten(1)                             # (B, D) or (B, D L)
         x_hat = self.decoder(z[:max(n_rec, n_ddpm)])
 
@@ -724,6 +760,8 @@ class IDiff(nn.Module):
                  "kl": balanced_kl(q, p, cfg.kl_balance)}
         if cfg.kl_reverse:
             terms["kl_reverse"] = balanced_kl(p, q, 1 - cfg.kl_balance)
+        if cfg.contrast:
+            terms["contrast"] = contrast_loss(q.mean, self.prior(u))
         if cfg.kl_mean:
             terms["kl_mean"] = kl_of_means(q, p)
 
@@ -817,7 +855,7 @@ class IDiff(nn.Module):
         return x0_from_eps(x, eps_hat, ts[-1], self.sde).clamp(-1, 1)
 
 
-# ---- Checkpoints ----
+# ---- Checkpoints and devices ----
 
 def save_checkpoint(path, model, ema, **state):
     """Write config, weights, averaged weights (module ema) and state to path, or nothing."""
@@ -880,6 +918,19 @@ def load_checkpoint(path, device="cpu"):
     model.load_state_dict(content["ema"])
     model.info = content["info"]
     return model.eval().requires_grad_(False)
+
+
+def pick_device(name=None, index=None):
+    """The torch.device of a name, by default cuda where present; ValueError if it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name, index) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=device).cpu()                    # the only sure way to know
+        return device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}. Try --device cpu.") from None
 
 
 def check_memory(need, device=torch.device("cpu")):
@@ -1093,17 +1144,28 @@ def first_present(arrays, names):
             return name
 
 
+# ---- Pictures ----
+
+def import_torchvision():
+    """The module; ImportError in one line where it is missing or made for another torch."""
+    try:
+        import torchvision
+        import torchvision.transforms.v2
+        return torchvision
+    except Exception as error:                                 # torch's RuntimeError, too
+        reason = " ".join(str(error).split())[:150]
+        raise ImportError(f"torchvision cannot be used ({reason}). Install it and torch "
+                          "together: pip install --upgrade torch torchvision") from None
+
+
 def save_grid(file, images, rows, columns):
     """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""
     from matplotlib.figure import Figure
+    make_grid = import_torchvision().utils.make_grid
     n, m = len(columns), len(rows)
-
-    # bytes, each image framed in white
-    pixels = images.float().cpu() * 127.5 + 127.5
-    pixels = pixels.clamp(0, 255).round().byte().expand(-1, 3, -1, -1)
-    pixels = F.pad(pixels, (1, 1, 1, 1), value=255)
-    grid = pixels.unflatten(0, (m, n)).permute(0, 3, 1, 4, 2)  # (m, H, n, W, 3)
-    grid = grid.flatten(0, 1).flatten(1, 2).numpy()            # (m H, n W, 3)
+    pixels = (images.float().cpu() * 127.5 + 127.5).clamp(0, 255).round().byte()
+    grid = make_grid(pixels, nrow=n, padding=2, pad_value=255)
+    grid = grid[:, 1:-1, 1:-1].permute(1, 2, 0).numpy()        # half a gap around all, (.., .., 3)
 
     # whole multiples of a pixel, so that all are shown equally large
     zoom = max(1, round(128 / images.shape[-1]))

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from evaluate import as_arrays, entropies, match, mutual_information
-from idiff import SAMPLERS, invert, load_checkpoint, load_data, save_grid, seeded_noise, time_grid
+from idiff import (SAMPLERS, import_torchvision, invert, load_checkpoint, load_data, pick_device,
+                   save_grid, seeded_noise, time_grid)
+
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, devices = parser.add_argument, ["cuda"] * torch.cuda.is_available() + ["cpu"]
+    add = parser.add_argument
     add("checkpoint", help="ckpt.pt of a run of train.py")
     add("--image", nargs=1, metavar="IMAGE", help="redraw and traverse this image")
     add("--swap", nargs=2, metavar=("A", "B"), help="put latents of image B into image A")
@@ -35,29 +36,46 @@ def build_parser():
     add("--seed", type=int, default=0, help="of rows encoded, base image and noise (default: 0)")
     add("--data", help="name or path of the data (default: those the model was trained on)")
     add("--out", type=Path, help="folder of the pictures (default: the checkpoint's)")
-    add("--device", choices=devices, default=devices[0], help="(default: cuda where present)")
+    add("--device", help="cpu, cuda or mps (default: cuda where present)")
     return parser
 
+
 # ---- Images, latents and their names ----
+
 def read_image(name, data):
     """Image (C, H, W) of a row number, or the centre of a picture at the data's size."""
     if name.isdecimal():
         if int(name) >= len(data):
             raise ValueError(f"row {name} is out of range: {data.name} has {len(data)} rows.")
-        return data.images(torch.tensor([int(name)], device=data.device))[0]
-    channels, *size = data.image_shape                                 # H = W
+        row = torch.tensor([int(name)], device=data.device)
+        return data.images(row)[0]
+
+    # a picture, turned as its camera was held
+    from PIL import Image, ImageOps
+    v2 = import_torchvision().transforms.v2
+    channels, side, _ = data.image_shape
     try:
-        picture = ImageOps.exif_transpose(Image.open(name)).convert("L" if channels == 1 else "RGB")
-    except Exception:                                                  # many kinds, as of formats
+        picture = ImageOps.exif_transpose(Image.open(name))
+        picture = picture.convert("L" if channels == 1 else "RGB")
+    except Exception:                                          # many kinds, as of formats
         raise ValueError(f"'{name}' is neither a row number nor a readable picture.") from None
-    x = torch.from_numpy(np.array(ImageOps.fit(picture, size, Image.Resampling.LANCZOS)))
-    return x.view(*size, -1).permute(2, 0, 1).to(data.device) / 127.5 - 1
+
+    # its middle square
+    fit = v2.Compose([v2.Resize(side, v2.InterpolationMode.LANCZOS),
+                      v2.CenterCrop(side),
+                      v2.PILToTensor()])
+    return fit(picture).to(data.device) / 127.5 - 1
+
 
 def read_images(names, model, data, steps):
     """Images (B, C, H, W), latents (B, D), and the noise from which diffusion redraws them."""
     x = torch.stack([read_image(name, data) for name in names])
-    z, ts = model.encode(x)[0], time_grid(steps, model.sde).to(x)
-    return x, z, invert(model.eps_fn(z), x, ts, model.sde) if model.unet else x    # x: not used
+    z, _ = model.encode(x)
+    if model.unet is None:
+        return x, z, x                                         # the last is not used
+    ts = time_grid(steps, model.sde).to(x)
+    return x, z, invert(model.eps_fn(z), x, ts, model.sde)
+
 
 def survey(model, data, seed):
     """2,000 seeded rows (N,), their codes (N, D), and {latent: its name} in the factors' order.
@@ -68,122 +86,215 @@ def survey(model, data, seed):
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:2000]
     rows = rows.to(data.device)
     codes = torch.cat([model.encode(data.images(part))[0] for part in rows.split(500)])
+
+    # the latents that match a factor, in the factors' order, then all others
     _, factors = as_arrays(codes, data.factors(rows))
-    mi = mutual_information(codes, factors)                            # (D, K)
-    pairs = sorted((k, i) for i, k in zip(*match(mi)) if mi[i, k] > 0.1 * entropies(factors)[k])
-    names = {i: f"z{i} · {data.factor_names[k]}" for k, i in pairs}
-    return rows, codes, names | {i: f"z{i}" for i in range(len(mi)) if i not in names}
+    mi = mutual_information(codes, factors)                    # (D, K)
+    h = entropies(factors)
+    names = {}
+    for k, i in sorted((k, i) for i, k in zip(*match(mi))):
+        if mi[i, k] > 0.1 * h[k]:
+            names[i] = f"z{i} · {data.factor_names[k]}"
+    for i in range(len(mi)):
+        names.setdefault(i, f"z{i}")
+    return rows, codes, names
+
 
 def choose(wanted, names):
     """Those of {latent: name} that are wanted, by number or factor; all for None."""
-    known = {key: i for i, name in names.items() for key in (str(i), *name.split(" · "))}
-    for name in wanted or ():
+    if not wanted:
+        return names
+    # "3", "z3" and "scale" all mean "z3 · scale"
+    known = {}
+    for i, name in names.items():
+        for key in (str(i), *name.split(" · ")):
+            known[key] = i
+
+    # in the order that they are asked for
+    chosen = {}
+    for name in wanted:
         if name not in known:
             raise ValueError(f"no latent is '{name}'. There are: {', '.join(names.values())}.")
-    return {known[name]: names[known[name]] for name in wanted} if wanted else names
+        chosen[known[name]] = names[known[name]]
+    return chosen
+
 
 # ---- From latents to pictures ----
-def render(model, z, start, args):
-    """{"decoder": images, "diffusion": images}, (B, C, H, W) each, of z (B, D) and start noise."""
+
+def render(model, z, start, args, keeps_noise=False):
+    """{"decoder": images, "diffusion": images}, (B, C, H, W) each, of z (B, D) and start noise.
+
+    keeps_noise: diffusion ends where invert began, without the last step of model.sample.
+    """
+    pictures = {"decoder": model.decode(z)}
     if model.unet is None:
-        return {"decoder": model.decode(z)}
-    parts, ts = [], time_grid(args.steps, model.sde).to(z)
-    batches = list(zip(z.split(10), start.expand(len(z), *start.shape[1:]).split(10)))
+        return pictures
+
+    # ten at a time, all from one start or each from its own
+    ts = time_grid(args.steps, model.sde).to(z)
+    start = start.expand(len(z), *start.shape[1:])
+    batches = list(zip(z.split(10), start.split(10)))
+    parts = []
     for part, begin in tqdm(batches, "diffusion, 10 images each", disable=None, leave=False):
-        noise = seeded_noise([args.seed + 1] * len(part), start.shape[1:], start.device)
-        parts.append(SAMPLERS[args.sampler](model.eps_fn(part), begin, ts, model.sde).clamp(-1, 1)
-                     if args.inverts else                              # ends where invert began
-                     model.sample(part, begin, args.steps, args.sampler, noise))
-    return {"decoder": model.decode(z), "diffusion": torch.cat(parts)}
+        if keeps_noise:
+            sampler = SAMPLERS[args.sampler]
+            x = sampler(model.eps_fn(part), begin, ts, model.sde).clamp(-1, 1)
+        else:
+            seeds = [args.seed + 1] * len(part)                # the same for every image
+            noise = seeded_noise(seeds, begin.shape[1:], begin.device)
+            x = model.sample(part, begin, args.steps, args.sampler, noise)
+        parts.append(x)
+    pictures["diffusion"] = torch.cat(parts)
+    return pictures
+
 
 def slerp(a, b, w):
     """Points (S, C, H, W) at shares w (S,) of the way from a to b (1, C, H, W) along the sphere."""
-    w, cos = w.view(-1, 1, 1, 1), (a * b).sum() / (a.norm() * b.norm())
-    angle = cos.clamp(-1, 1 - 1e-6).acos()                             # 0 would give 0 / 0
-    return (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()
+    # shares of the angle between a and b
+    w = w.view(-1, 1, 1, 1)
+    cos = (a * b).sum() / (a.norm() * b.norm())
+    angle = cos.clamp(-1, 1 - 1e-6).acos()                     # 0 would give 0 / 0
+    to_a = ((1 - w) * angle).sin()
+    to_b = (w * angle).sin()
+    return (to_a * a + to_b * b) / angle.sin()
+
 
 def traverse(model, codes, z, start, names, args, kind):
     """A grid per network, and a looping GIF: each latent of names over its range, from z (1, D)."""
-    latents, n = list(names), args.columns
-    low, high = torch.quantile(codes[:, latents], codes.new_tensor([0.02, 0.98]), dim=0)
-    varied, shares = z.repeat(len(latents), n, 1), torch.linspace(0, 1, n).to(z)  # (L, n, D), (n,)
-    varied[range(len(latents)), :, latents] = torch.lerp(low, high, shares[:, None]).T
-    pictures = render(model, varied.flatten(0, 1), start, args)
+    latents = list(names)
+    n = args.columns
+
+    # a row a latent: z, but for that latent, which runs over the middle 96 % of its codes
+    quantiles = codes.new_tensor([0.02, 0.98])
+    low, high = torch.quantile(codes[:, latents], quantiles, dim=0)            # (L,) each
+    varied = z.repeat(len(latents), n, 1)                      # (L, n, D)
+    for row, i in enumerate(latents):
+        varied[row, :, i] = low[row] + (high[row] - low[row]) * torch.linspace(0, 1, n).to(z)
+
+    # drawn by each network, labelled with the range
+    pictures = render(model, varied.flatten(0, 1), start, args, kind == "image")
     rows = [f"{name}\n{a:.2f} to {b:.2f}" for name, a, b in zip(names.values(), low, high)]
     columns = ["2 % quantile", *[""] * (n - 2), "98 % quantile"]
     for network, images in pictures.items():
         save_grid(args.out / f"{kind}_{network}.png", images, rows, columns)
-    frames = torch.cat(list(pictures.values())).unflatten(0, (-1, n)).unbind(1)
-    titles, pages = [name.replace(" · ", "\n") for name in names.values()], []
-    for frame in frames + frames[-2:0:-1]:                             # there and back
-        save_grid(page := io.BytesIO(), frame, list(pictures), titles)
+    write_gif(args.out / f"{kind}.gif", pictures, names, n)
+
+
+def write_gif(file, pictures, names, n):
+    """A looping GIF of n frames and back: a row per network, a column per latent."""
+    from PIL import Image
+    titles = [name.replace(" · ", "\n") for name in names.values()]
+    images = torch.cat(list(pictures.values()))                # (networks * L * n, C, H, W)
+    frames = images.unflatten(0, (-1, n)).unbind(dim=1)
+    pages = []
+    for frame in frames + frames[-2:0:-1]:
+        page = io.BytesIO()
+        save_grid(page, frame, list(pictures), titles)
         pages.append(Image.open(page).convert("RGB").quantize())
-    gif = {"save_all": True, "append_images": pages[1:], "duration": 120, "loop": 0}
-    pages[0].save(args.out / f"{kind}.gif", **gif)
+    pages[0].save(file, save_all=True, append_images=pages[1:], duration=120, loop=0)
+
 
 def draw_true_factors(data, row, args):
     """true_factors.png: the data's images that differ from one row's in a single factor."""
-    factors = data.factors(torch.arange(len(data), device=data.device)).cpu().numpy()
-    same, varied = factors == factors[row], data.varied.tolist()
-    grid = torch.ones(len(varied), args.columns, *data.image_shape)
+    # which factors of each image are those of the row
+    everything = torch.arange(len(data), device=data.device)
+    factors = data.factors(everything).cpu().numpy()
+    same = factors == factors[row]
+    varied = data.varied.tolist()
+
+    # of each factor an image a value; a row with fewer values ends in white
+    grid = torch.ones(len(varied), args.columns, *data.image_shape)            # white
     for k, images in zip(varied, grid):
-        rows = np.flatnonzero(np.delete(same, k, axis=1).all(axis=1))
+        others_same = np.delete(same, k, axis=1).all(axis=1)
+        rows = np.flatnonzero(others_same)
         _, first = np.unique(factors[rows, k], return_index=True)
-        shown = np.linspace(0, len(first) - 1, min(args.columns, len(first))).round().astype(int)
-        images[:len(shown)] = data.images(torch.from_numpy(rows[first[shown]]).to(data.device))
+        n = min(args.columns, len(first))
+        shown = np.linspace(0, len(first) - 1, n).round().astype(int)
+        chosen = torch.from_numpy(rows[first[shown]])
+        images[:n] = data.images(chosen.to(data.device))
+
     labels = [f"{data.factor_names[k]}\n{data.factor_sizes[k]} values" for k in varied]
     save_grid(args.out / "true_factors.png", grid.flatten(0, 1), labels, [""] * args.columns)
+
 
 def edit(kind, model, data, codes, names, args):
     """Picture of --image, --swap or --between: A, a row per network of what becomes of it, B."""
     x, z, noise = read_images(getattr(args, kind), model, data, args.steps)
     titles = ["redrawn"]
+
     if kind == "image":
         traverse(model, codes, z, noise, names, args, kind)
-    elif kind == "swap":
-        titles += [f"{name}\nof B".replace(" · ", "\n") for name in (*names.values(), "all these")]
-        sets = [(), *((i,) for i in names), *[names] * (len(names) > 1)]
-        taken = torch.tensor([[i in s for i in range(z.shape[1])] for s in sets], device=z.device)
-        z, noise = torch.where(taken, z[1], z[0]), noise[:1]
-    else:
+
+    if kind == "swap":                                         # each latent of B, then all of them
+        edited = [z[0]]
+        for i, name in names.items():
+            one = z[0].clone()
+            one[i] = z[1, i]
+            edited.append(one)
+            titles.append(f"{name}\nof B".replace(" · ", "\n"))
+        if len(names) > 1:
+            every = z[0].clone()
+            every[list(names)] = z[1, list(names)]
+            edited.append(every)
+            titles.append("all these\nof B")
+        z = torch.stack(edited)
+        noise = noise[:1]
+
+    if kind == "between":                                      # from A's latents and noise to B's
         w = torch.linspace(0, 1, args.columns).to(z)
-        z, noise = torch.lerp(z[:1], z[1:], w[:, None]), slerp(noise[:1], noise[1:], w)
+        z = torch.lerp(z[:1], z[1:], w[:, None])
+        noise = slerp(noise[:1], noise[1:], w)
         titles = [f"{share:.2f}" for share in w]
-    pictures = render(model, z, noise, args)
-    titles = ["A", *titles[:len(z)], "B"][:len(x) + len(z)]
-    images = torch.cat([torch.cat([x[:1], row, x[1:]]) for row in pictures.values()])
-    save_grid(args.out / f"{kind}.png", images, list(pictures), titles)
+
+    # a row per network, between the images as they are
+    images = []
+    pictures = render(model, z, noise, args, keeps_noise=True)
+    for row in pictures.values():
+        images += [x[:1], row, x[1:]]
+    titles = ["A", *titles, *["B"] * (len(x) - 1)]
+    save_grid(args.out / f"{kind}.png", torch.cat(images), list(pictures), titles)
+
 
 def run(args):
     """Draw what the flags name; OSError, ValueError or MemoryError in one line if one is wrong."""
     for name, least in (("columns", 2), ("steps", 1), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
-    model = load_checkpoint(args.checkpoint, args.device)
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}.")
+
+    # model and data
+    device = pick_device(args.device)
+    model = load_checkpoint(args.checkpoint, device)
     args.out = args.out or Path(args.checkpoint).parent
     args.out.mkdir(parents=True, exist_ok=True)
-    data = load_data(args.data or str(model.info.get("data_arg", f"that of {args.checkpoint}")),
-                     args.device, tqdm)
+    data_arg = args.data or str(model.info.get("data_arg", f"that of {args.checkpoint}"))
+    data = load_data(data_arg, device, tqdm)
+
+    # what the latents are called
     rows, codes, names = survey(model, data, args.seed)
     names = choose(args.latents, names)
     print(f"{', '.join(names.values())}; pictures go to {args.out}", flush=True)
+
+    # edits of given images, or else the traversals
     kinds = [kind for kind in ("image", "swap", "between") if getattr(args, kind)]
-    args.steps, args.inverts = args.steps or (50 if kinds else 20), bool(kinds)
-    if kinds and model.unet and args.sampler in ("em", "pc"):
+    args.steps = args.steps or (50 if kinds else 20)
+    if kinds and model.unet is not None and args.sampler in ("em", "pc"):
         raise ValueError(f"--sampler {args.sampler} adds noise and so cannot keep an image's own.")
     for kind in kinds:
         edit(kind, model, data, codes, names, args)
     if not kinds:
         draw_true_factors(data, rows[0].item(), args)
-        start = seeded_noise([args.seed], data.image_shape, args.device)()
+        start = seeded_noise([args.seed], data.image_shape, device)()
         traverse(model, codes, codes[:1], start, names, args, "traversal")
+
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         run(args)
-    except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ImportError, OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"interpolate.py: {' '.join(str(error).split())}") from None
+
 
 if __name__ == "__main__":
     main()

@@ -23,8 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import evaluate
-from idiff import (Config, IDiff, load_checkpoint, load_data, read_checkpoint, save_checkpoint,
-                   save_grid, seeded_noise)
+from idiff import (Config, IDiff, import_torchvision, load_checkpoint, load_data, pick_device,
+                   read_checkpoint, save_checkpoint, save_grid, seeded_noise)
 
 EPOCH = 480_000             # draws
 SIZES = {"small": {},
@@ -83,20 +83,7 @@ def build_parser():
     return parser
 
 
-# ---- Device and ranks ----
-
-def pick_device(name):
-    """The torch.device of --device; ValueError in one line if it is not there."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device).cpu()                # the only sure way to know
-        return device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used: {reason}. Try --device cpu.") from None
-
+# ---- Ranks ----
 
 def barrier():
     """Wait until all ranks are here."""
@@ -317,8 +304,8 @@ def draw_batch(cfg, data, step):
     """x, u, t, eps of one step, drawn from seed and step alone; t is stratified over (0, 1].
 
     x: (B, C, H, W); u: (B, U); t: (b,), eps: (b, C, H, W) for the b images of the U-Net. Ranks draw
-    the same and keep each WORLD-th row: their mean is one process's, but for z's noise, which each
-    draws itself. Source of the strata: Kingma et al. 2021.
+    the same and keep each WORLD-th row, of u all, their own first: their mean is one process's, but
+    for z's noise, which each draws itself. Source of the strata: Kingma et al. 2021.
     """
     device = data.device
     generator = torch.Generator(device).manual_seed(hash((cfg.seed, step)))
@@ -334,7 +321,10 @@ def draw_batch(cfg, data, step):
     # the layout that the networks' convolutions are fast in
     x = x.contiguous(memory_format=torch.channels_last)
     eps = eps.contiguous(memory_format=torch.channels_last)
-    return [whole[RANK::WORLD] for whole in (x, u, t.clamp(min=1e-5), eps)]
+    t = t.clamp(min=1e-5)
+
+    u = torch.cat([u[(RANK + i) % WORLD::WORLD] for i in range(WORLD)])
+    return x[RANK::WORLD], u, t[RANK::WORLD], eps[RANK::WORLD]
 
 
 def total_loss(cfg, terms, step):
@@ -344,6 +334,7 @@ def total_loss(cfg, terms, step):
                "rec": cfg.rec,
                "kl": kl,
                "kl_reverse": kl * cfg.kl_reverse,
+               "contrast": cfg.contrast,
                "kl_mean": cfg.kl_mean}                     # never annealed
 
     # a term of weight 0 may overflow, and 0 * inf is no number
@@ -488,7 +479,8 @@ def finish(cfg, data, out, ema):
 
 def run(args):
     """One run, from its first line to its last; its ELBO on rank 0."""
-    device = pick_device(args.device)
+    device = pick_device(args.device, LOCAL_RANK)
+    import_torchvision()                                   # pictures need it, at the end
 
     # what goes before: the run's own checkpoint, or another's iVAE that stays as it is
     content, ivae, before = None, None, {}
@@ -631,7 +623,9 @@ def run_trial(trial, args, out, space):
             return elbo
         argv = [f"{folder}/ckpt.pt", "--no-dci", "--n", "10000"]
         flags = evaluate.build_parser().parse_args(argv)
-        return evaluate.report(flags.paths[0], flags)["metrics"]["mig"]
+        report, parts = evaluate.report(flags.paths[0], flags)
+        evaluate.write_report(report, parts, Path(folder))
+        return report["metrics"]["mig"]
     except (SystemExit, KeyboardInterrupt):
         trial.study.enqueue_trial(trial.params)
         raise KeyboardInterrupt("stopped. Go on by the same command.") from None

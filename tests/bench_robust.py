@@ -280,7 +280,7 @@ class Bench:
             torch.save(with_odd_place(self.content, self.rng, odd_values()), path)
         return path, self.rng.choice([
             lambda: load_checkpoint(path), lambda: load_checkpoint(path),
-            lambda: evaluate.main([str(path), "--no-dci", "--fresh"]),
+            lambda: evaluate.main([str(path), "--no-dci"]),
             lambda: interpolate.main([str(path), "--steps", "1", "--columns", "2"]),
             lambda: train.main(["--resume", str(path), "--device", "cpu"])])
 
@@ -317,8 +317,9 @@ class Bench:
                                        '{"step": null}', '{"step": 1, "rec": 1.2.3}', "NaN"])
         content = content.encode() if isinstance(content, str) else bytes(content)
         (self.run / name).write_bytes(content + b"\n")
-        return path, (lambda: evaluate.main([str(path), "--no-dci"])) if name == "metrics.json" \
-            else (lambda: train.main(["--resume", str(path), "--device", "cpu"]))
+        if name == "metrics.json":
+            return path, lambda: evaluate.main([str(self.run / name)])
+        return path, lambda: train.main(["--resume", str(path), "--device", "cpu"])
 
 def pickle_to(content, path):
     path.write_bytes(pickle.dumps(content))

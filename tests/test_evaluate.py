@@ -79,7 +79,7 @@ def measured(monkeypatch, tmp_path):
              "names": [f"factor {j}" for j in range(factors.shape[1])],
              "draws": {"encoder_on_draws": (codes, factors), "u_on_draws": (codes, factors)},
              "info": {"data": "grid", "model": "vae", "config": {}, "weights": "EMA"}}
-        monkeypatch.setattr(evaluate, "of_checkpoint", lambda path, args: s)
+        monkeypatch.setattr(evaluate, "of_checkpoint", lambda path, args, load: s)
         (tmp_path / "ckpt.pt").touch()
         evaluate.main([str(tmp_path / "ckpt.pt"), *flags])
         return json.loads((tmp_path / "metrics.json").read_text())
@@ -96,9 +96,9 @@ def test_report_on_known_codes(measured, tmp_path, capsys):
     expected = {"mig": evaluate.mig(codes, factors), "mcc": evaluate.mcc(codes, factors),
                 "modularity": evaluate.modularity(codes, factors), **evaluate.dci(codes, factors)}
     assert {m: result["metrics"][m] for m in expected} == pytest.approx(expected)
-    assert result["noise_floor"]["disentanglement"] < 0.2 < result["metrics"]["disentanglement"]
+    assert result["noise_floor"]["mig"] < 0.05 and result["metrics"]["disentanglement"] > 0.2
     assert result["per_factor"]["factor 1"]["latent"] == 1
-    assert (result["n"], result["key"]["seed"]) == (300, 0) and result["latent_std"][2] == 0
+    assert (result["n"], result["seed"]) == (300, 0) and result["latent_std"][2] == 0
     for picture in ("latents", "factors", "information"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 5000
 
@@ -110,7 +110,7 @@ def test_script_runs_as_a_process(runs):
 
 
 def test_report_on_a_checkpoint(runs, capsys):
-    evaluate.main([str(runs[2]), "--n", "100", "--no-dci", "--fresh"])
+    evaluate.main([str(runs[2]), "--n", "100", "--no-dci"])
     assert "iVAE + DDPM, 5 latents" in capsys.readouterr().out
     text = (runs[2].parent / "metrics.json").read_text()
     result = json.loads(text, parse_constant=lambda nan: pytest.fail("JSON has no NaN"))
@@ -121,7 +121,7 @@ def test_report_on_a_checkpoint(runs, capsys):
     assert len(result["per_factor"]) == 4 and len(result["latent_std"]) == 5
     for picture in ("latents", "factors", "information"):
         assert (runs[2].parent / f"{picture}.png").stat().st_size > 5000
-    evaluate.main([str(runs[2]), "--n", "100", "--no-dci", "--fresh"])
+    evaluate.main([str(runs[2]), "--n", "100", "--no-dci"])
     assert (runs[2].parent / "metrics.json").read_text() == text
 
 
@@ -144,25 +144,82 @@ def test_tables_of_many_checkpoints(runs, tmp_path, capsys):
     assert "Table 3" not in (runs[0].parents[1] / "tables.md").read_text()
 
 
-def test_results_are_reused_until_the_checkpoint_or_a_setting_changes(tmp_path):
+def test_a_report_is_computed_of_a_checkpoint_and_read_as_it_is_of_its_json(tmp_path, capsys):
+    """Another data file changes the report of the checkpoint; the JSON stays what it was."""
     data = small_grid(tmp_path / "grid.npz")
     path = write_checkpoint(tmp_path / "run", data)
     stored = path.with_name("metrics.json")
-
-    def is_computed(*flags):
-        marked = json.loads(stored.read_text()) | {"marked": True}
-        stored.write_text(json.dumps(marked))
-        evaluate.main([str(path), "--n", "60", "--no-dci", *flags])
-        return "marked" not in json.loads(stored.read_text())
-
     evaluate.main([str(path), "--n", "60", "--no-dci"])
-    assert not is_computed()
-    assert is_computed("--seed", "1") and is_computed("--fresh")
-    evaluate.main([str(path), "--n", "60", "--no-dci", "--seed", "0"])
-    assert is_computed("--generate", "3") and not is_computed("--generate", "3")
-    assert not is_computed() and is_computed("--generate", "4")          # 0 asks for less
-    path.write_bytes(write_checkpoint(tmp_path / "other", data, seed=5, latent_dim=3).read_bytes())
-    assert is_computed()
+    shown, text = capsys.readouterr().out, stored.read_text()
+
+    evaluate.main([str(stored)])
+    assert capsys.readouterr().out == shown and stored.read_text() == text
+    assert set(path.parent.iterdir()) == {path, stored} | {
+        path.with_name(f"{name}.png") for name in ("latents", "factors", "information")}
+
+    with np.load(data) as arrays:
+        images, factors = arrays["images"], arrays["factors"]
+    np.savez(data, images=images, factors=np.random.default_rng(0).permutation(factors))
+    evaluate.main([str(path), "--n", "60", "--no-dci"])
+    assert capsys.readouterr().out != shown and stored.read_text() != text
+
+
+@pytest.mark.parametrize("flags", ["--n 60", "--generate 3", "--no-dci", "--seed 1", "--data a.npz",
+                                   "--device cpu"])
+def test_a_flag_that_would_compute_is_refused_with_a_report(tmp_path, flags):
+    path = write_checkpoint(tmp_path / "run", small_grid(tmp_path / "grid.npz"))
+    evaluate.main([str(path), "--n", "60", "--no-dci"])
+    with pytest.raises(SystemExit, match=f"metrics.json.*{flags.split()[0]}"):
+        evaluate.main([str(path.with_name("metrics.json")), *flags.split()])
+
+
+def test_out_takes_the_report_of_one_path_and_the_tables_of_many(runs, tmp_path):
+    before = {path: sorted(path.parent.iterdir()) for path in runs}
+    evaluate.main([str(runs[0]), "--n", "60", "--no-dci", "--out", str(tmp_path / "one")])
+    assert (tmp_path / "one" / "metrics.json").exists() and (tmp_path / "one/latents.png").exists()
+    assert sorted(runs[0].parent.iterdir()) == before[runs[0]]
+    evaluate.main([*map(str, runs[:2]), "--n", "60", "--no-dci", "--out", str(tmp_path / "many")])
+    assert [path.name for path in (tmp_path / "many").iterdir()] == ["tables.md"]
+    assert runs[0].with_name("metrics.json").exists()
+
+
+def test_codes_of_somebody_elses_model(tmp_path, capsys):
+    """The metrics are those of the arrays; tables set the file beside checkpoints' reports."""
+    rng = np.random.default_rng(0)
+    factors = np.stack([rng.integers(0, size, 300) for size in (3, 4)], axis=1)
+    codes = np.hstack([factors + rng.normal(0, 0.1, factors.shape), np.zeros((300, 1))])
+    np.savez(tmp_path / "codes.npz", codes=codes, factors=factors)
+    evaluate.main([str(tmp_path / "codes.npz"), "--out", str(tmp_path / "report")])
+    result = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert result["metrics"]["mcc"] == pytest.approx(evaluate.mcc(codes, factors))
+    assert result["metrics"]["mig"] == pytest.approx(evaluate.mig(codes, factors))
+    assert result["metrics"]["disentanglement"] > 0.5 and "u_on_draws" not in result
+    assert "codes.npz" in capsys.readouterr().out
+    evaluate.main([str(tmp_path / "report" / "metrics.json")] * 2)
+    assert "codes, n = 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arrays", [
+    dict(codes=np.zeros((5, 2))), dict(codes=np.zeros((5, 2)), factors=np.zeros((4, 2), int)),
+    dict(codes=np.full((5, 2), np.nan), factors=np.zeros((5, 2), int)),
+    dict(codes=np.array([[None]] * 5), factors=np.zeros((5, 1), int))])
+def test_codes_that_are_none_are_named(tmp_path, arrays):
+    np.savez(tmp_path / "codes.npz", **arrays)
+    with pytest.raises(SystemExit, match="codes.npz.*codes and factors") as error:
+        evaluate.main([str(tmp_path / "codes.npz")])
+    assert "\n" not in str(error.value)
+
+
+def test_tables_never_mix_data_sets(runs, tmp_path, capsys):
+    """A report of the same model on other data gets a table of its own."""
+    evaluate.main([str(runs[2]), "--n", "60", "--no-dci"])
+    result = json.loads(runs[2].with_name("metrics.json").read_text())
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    (tmp_path / "b.json").write_text(json.dumps(result | {"data": "other"}))
+    capsys.readouterr()
+    evaluate.main([str(tmp_path / name) for name in ("a.json", "b.json")])
+    text = capsys.readouterr().out
+    assert text.count("Table 2") == 2 and "other" in text and "n = 2" not in text
 
 
 @pytest.mark.parametrize("content", [None, b"hello"])
@@ -181,7 +238,7 @@ def test_bad_file_is_one_clear_line(tmp_path, content):
 ])
 def test_bad_number_is_one_clear_line(runs, capsys, flag, value, message):
     with pytest.raises(SystemExit) as error:
-        evaluate.main([str(runs[1]), flag, value, "--fresh"])
+        evaluate.main([str(runs[1]), flag, value])
     line = capsys.readouterr().err.splitlines()[-1] if error.value.code == 2 else error.value.code
     assert message in line and "\n" not in line
 
@@ -263,7 +320,7 @@ def test_generate_flag(tmp_path, capsys, model):
     assert all(list(row) == names for row in made["accuracy"].values()) and made["n"] == 12
     assert set(made["pixels"]) == {f"{n}_mse" for n in networks} | (
         {"inverted_mse", "std_given_z"} if model == "idiff" else set())
-    evaluate.main([*flags, "--fresh"])
+    evaluate.main([*flags])
     assert path.with_name("metrics.json").read_text() == text
 
 
