@@ -57,15 +57,14 @@ class Config:
     latent: str = option("gaussian", "kind of latents; categorical ones by Gumbel-softmax, or "
                          "straight-through", ("gaussian", "gumbel", "st"))
     categories: int = option(16, "categories L of each categorical latent", least=2)
-    prior: str = option("known", "p(z|u): read off u; a net per latent; one net of all u", PRIORS)
+    prior: str = option("full", "p(z|u): read off u; a net per latent; one net of all u", PRIORS)
     prior_mean: str = option("auto", "means of a learned p(z|u); auto: zero under --u var",
                              ("auto", "learned", "zero"))
     u: str = option("mean+var", "what u modulates of each factor", ("var", "mean+var"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
     kl: float = option(1e-4, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
-    contrast: float = option(0.0, "weight of the contrast of z and u, with p(z|u) as the critic")
-    kl_mean: float = option(5e-2, "further weight of KL's mean term, which ties mu_q to mu_p")
+    contrast: float = option(1.0, "weight of the contrast of z and u, with p(z|u) as the critic")
     kl_balance: float = option(0.5, "share of KL's gradient that goes to p(z|u)", below=1)
     kl_reverse: float = option(0.0, "weight of KL(p(z|u) || q(z|x)), as a multiple of KL's own")
     kl_start: float = option(0.0, "KL weight at step 0, if above --kl > 0, to which it falls")
@@ -112,8 +111,8 @@ class Config:
             raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}.")
         if self.unet_width % 8:
             raise ValueError(f"unet_width must be a multiple of 8, got {self.unet_width}.")
-        if self.model != "idiff" and self.rec == self.kl == self.kl_mean == self.contrast == 0:
-            raise ValueError("rec, kl, kl_mean and contrast are all 0: nothing would be learned.")
+        if self.model != "idiff" and self.rec == self.kl == self.contrast == 0:
+            raise ValueError("rec, kl and contrast are all 0: nothing would be learned.")
 
     @property
     def z_dim(self):
@@ -145,9 +144,6 @@ class Gaussian(Normal):
     def detach(self):
         return Gaussian(self.mean.detach(), self.logvar.detach())
 
-    def moments(self):
-        return self.mean, self.logvar
-
     def code(self):
         """What IDiff.encode returns: mean and log-variance, (B, D) each."""
         return self.mean, self.logvar
@@ -175,19 +171,13 @@ class Categories(OneHotCategorical):
         """The log-likelihood of each latent, (B, D), also of codes between the categories."""
         return (z * self.logits).sum(dim=-1)
 
-    def moments(self):
-        """Mean and log-variance, (B, D) each, of the index, scaled to [-1, 1]."""
-        n = self.logits.shape[-1]
-        place = torch.linspace(-1, 1, n, device=self.logits.device)
-        mean = self.probs @ place
-        variance = self.probs @ place.square() - mean.square()
-        return mean, variance.clamp(min=1e-6).log()            # 0, but for rounding, if certain
-
     def code(self):
         """The likeliest category's index, and the index's log-variance, (B, D) each."""
-        _, logvar = self.moments()
-        half_range = (self.logits.shape[-1] - 1) / 2           # from [-1, 1] back to indices
-        return self.logits.argmax(dim=-1).to(logvar), logvar + 2 * math.log(half_range)
+        index = torch.arange(self.logits.shape[-1], device=self.logits.device).float()
+        mean = self.probs @ index
+        variance = self.probs @ index.square() - mean.square()
+        logvar = variance.clamp(min=1e-6).log()                # 0, but for rounding, if certain
+        return self.logits.argmax(dim=-1).to(logvar), logvar
 
 
 @register_kl(Categories, Categories)
@@ -233,14 +223,6 @@ def contrast_loss(z, p):
     own = log_p.diagonal()                                     # (B,)
     any_u = log_p.logsumexp(dim=1) - math.log(log_p.shape[1])  # (B,)
     return (any_u - own).mean()
-
-
-def kl_of_means(q, p):
-    """The part of KL(q || p) that means make, half the sum of (mu_q - mu_p)^2 / var_p, ()."""
-    mu_q, _ = q.moments()
-    mu_p, logvar_p = p.moments()
-    each = 0.5 * (mu_q - mu_p).square() / logvar_p.exp()       # (B, D)
-    return each.sum(dim=1).mean()
 
 
 # ---- Encoder and decoder ----
@@ -743,7 +725,7 @@ class IDiff(nn.Module):
         rec is the mean squared error of the decoder, kl the KL(q(z|x) || p(z|u)). ddpm (Eq. 3 with
         lambda(t) = sigma^2) is the mean squared error of the noise estimate, or, where the U-Net
         predicts the image, of that; without a U-Net or without t there is no such term. Terms
-        beyond the paper are there if their weight is not 0: kl_reverse, KL(p || q); kl_mean.
+        beyond the paper are there if their weight is not 0: kl_reverse, KL(p || q); contrast.
         """
         cfg = self.cfg
         n_rec = n_rec or len(x)
@@ -762,8 +744,6 @@ class IDiff(nn.Module):
             terms["kl_reverse"] = balanced_kl(p, q, 1 - cfg.kl_balance)
         if cfg.contrast:
             terms["contrast"] = contrast_loss(q.mean, self.prior(u))
-        if cfg.kl_mean:
-            terms["kl_mean"] = kl_of_means(q, p)
 
         # diffusion: the decoder is not to learn from it, the encoder is
         if self.unet is not None and n_ddpm:

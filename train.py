@@ -30,12 +30,13 @@ EPOCH = 480_000             # draws
 SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, batch_size=128, rec_images=0,
                       ddpm_images=0, epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
-PAPER = dict(latent_dim=10, prior="full", u="var", kl=5e-4, rec=0.1, kl_mean=0.0, predict="eps",
-             batch_size=32, rec_images=0, ddpm_images=0, lr=2e-4, schedule="constant")
+PAPER = dict(latent_dim=10, prior="full", prior_mean="learned", u="var", kl=5e-4, rec=0.1,
+             contrast=0.0, kl_start=0.0, predict="eps", batch_size=32, rec_images=0, ddpm_images=0,
+             lr=2e-4, schedule="constant")
 
 # What a U-Net on a frozen iVAE has in common with it.
-IVAE = ("latent_dim", "latent", "categories", "prior", "u", "u_scale", "width", "patch",
-        "image_size", "image_channels", "n_factors")
+IVAE = ("latent_dim", "latent", "categories", "prior", "prior_mean", "u", "u_scale", "width",
+        "patch", "image_size", "image_channels", "n_factors")
 
 # The paper's Table 1, and a grid over it. Flags of WHERE do not change what a search finds.
 SPACE = {"kl": (1e-5, 0.1), "rec": (0.01, 5.0), "u": ["var", "mean+var"]}
@@ -334,8 +335,7 @@ def total_loss(cfg, terms, step):
                "rec": cfg.rec,
                "kl": kl,
                "kl_reverse": kl * cfg.kl_reverse,
-               "contrast": cfg.contrast,
-               "kl_mean": cfg.kl_mean}                     # never annealed
+               "contrast": cfg.contrast}
 
     # a term of weight 0 may overflow, and 0 * inf is no number
     used = {name: term for name, term in terms.items() if weights[name]}
@@ -392,7 +392,8 @@ def train(cfg, data, out, args, parts, first_step):
                 record = mean_over_ranks(numbers)
                 log(out, {"step": done, **record, "kl weight": kl_weight(cfg, step),
                           "seconds": round(time.time() - started, 2)})
-                bar.set_postfix({k: record[k] for k in ("ddpm", "rec", "kl") if k in record})
+                shown = ("ddpm", "rec", "kl", "contrast")
+                bar.set_postfix({k: record[k] for k in shown if k in record})
 
             if saving and RANK == 0:
                 save_checkpoint(path, model, ema.module, config=asdict(cfg), step=done,
@@ -443,7 +444,7 @@ def draw_losses(out):
     from matplotlib.figure import Figure
     records = read_log(out)
     figure = Figure((13, 2.8), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 4), ("ddpm", "rec", "kl", "kl_mean")):
+    for axis, name in zip(figure.subplots(1, 4), ("ddpm", "rec", "kl", "contrast")):
         points = [(r["step"], r[name]) for r in records if name in r]
         axis.plot([step for step, _ in points], [value for _, value in points], lw=0.8)
         axis.set(title=name, xlabel="step", yscale="log")

@@ -30,7 +30,7 @@ def fit(data, cfg):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(cfg, step)
         optimizer.zero_grad()
-        (encoder(data.images(rows))[0] - place).square().mean().backward()
+        (encoder(data.images(rows)).mean - place).square().mean().backward()
         optimizer.step()
     return encoder
 
@@ -43,7 +43,7 @@ def main(argv=None):
     for seed in range(args.seeds):
         encoder = fit(data, Config(steps=args.steps, seed=seed))
         with torch.no_grad():
-            codes = torch.cat([encoder(data.images(part))[0] for part in rows.split(500)])
+            codes = torch.cat([encoder(data.images(part)).mean for part in rows.split(500)])
         scores.append([metric(codes, data.factors(rows))
                        for metric in (evaluate.mig, evaluate.mcc, evaluate.modularity)])
         print(f"seed {seed}: MIG {scores[-1][0]:.3f}, MCC {scores[-1][1]:.3f}, modularity "

@@ -34,13 +34,13 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from idiff import VPSDE, Config, IDiff, ScoreUNet, fourier, load_data, losses  # noqa: E402
+from idiff import Config, IDiff, ScoreUNet, fourier, load_data  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISION = "bfloat16" if DEVICE.type == "cuda" else "float32"
 MARKS = (500, 1000, 2000, 3000)                                # images seen, of --curve
 RECIPES = {"default: predicts x, z and decoder": {},
-           "plain: predicts eps, z alone": dict(predict="eps", condition="z", weight="eps")}
+           "plain: predicts eps, z alone": dict(predict="eps")}
 COLUMNS = ("measured", "case", "median", "least to most", "ratio", "M params", "peak MiB")
 
 # ---- the U-Nets, each made of a config and a width ----
@@ -71,20 +71,18 @@ def lucidrains_net(c_in, c_out, width):
     return net, 8 * width, lambda net, x, t, emb: net(x, (t, emb))
 
 class Peer(nn.Module):
-    """Another library's U-Net, called as ScoreUNet and with its way out where noise is faint."""
+    """Another library's U-Net, called as ScoreUNet."""
     def __init__(self, make, cfg, width):
         super().__init__()
-        self.sees_x_hat, self.predicts_x = cfg.condition == "z+decoder", cfg.predict == "x"
-        c, self.sde = cfg.image_channels, VPSDE()
+        self.sees_x_hat = cfg.predict != "eps"
+        c = cfg.image_channels
         self.net, c_emb, self.call = make(2 * c if self.sees_x_hat else c, c, width)
         self.latent = nn.Sequential(nn.Linear(7 * cfg.latent_dim, c_emb), nn.SiLU(),
                                     nn.Linear(c_emb, c_emb))
 
     def forward(self, x_t, t, z, x_hat):
         seen = torch.cat([x_t, x_hat], 1) if self.sees_x_hat else x_t
-        h = self.call(self.net, seen, 1000 * t, self.latent(fourier(z))).float()
-        keep = 1 / (1 + (self.sde.sigma(t) / 0.02).square()).view(-1, 1, 1, 1)
-        return keep * x_t + (1 - keep) * h if self.predicts_x else h
+        return self.call(self.net, seen, 1000 * t, self.latent(fourier(z))).float()
 
 def ours(patch, cfg, width):
     return ScoreUNet(replace(cfg, patch=patch, unet_width=8 * width))
@@ -299,7 +297,7 @@ def denoising_loss(model, batch):
     """The denoising loss on a fixed draw of images, t, eps and of the noise of z."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return float(losses(model, *batch)["ddpm"])
+        return float(model(*batch)["ddpm"])
 
 def curve(args, recipe, data, make):
     """The denoising loss at each of MARKS, trained on the same draws whatever the U-Net is."""

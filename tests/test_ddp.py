@@ -55,7 +55,7 @@ def test_ranks_say_and_write_what_one_process_does(four, tiny_run):
 def test_two_ranks_learn_as_one_process(tmp_path, tiny_npz):
     """Weights, terms and the gradient's norm, where q(z|x) has no noise, the only thing unshared.
     Decoder, U-Net and encoder see different numbers of images: 4, 2 and 8."""
-    sub = "--batch-size 8 --rec-images 4 --ddpm-images 2 --kl-mean 0.05 --steps 4".split()
+    sub = "--batch-size 8 --rec-images 4 --ddpm-images 2 --steps 4".split()
     begun = tmp_path / "one"
     train.main([*TINY, *sub, "--data", tiny_npz, "--steps", "1", "--out", str(begun)])
     content = torch.load(begun / "ckpt.pt", weights_only=True)
@@ -74,7 +74,7 @@ def test_two_ranks_learn_as_one_process(tmp_path, tiny_npz):
     logs = [[r for r in log_of(out) if r.get("step", 0) > 1] for out in (begun, two)]
     assert len(logs[0]) == 3
     for one, other in zip(*logs):
-        for name in ("ddpm", "rec", "kl", "kl_mean", "gradient norm"):
+        for name in ("ddpm", "rec", "kl", "contrast", "gradient norm"):
             assert other[name] == pytest.approx(one[name], rel=1e-4), name
     one, other = (read_checkpoint(str(out / "ckpt.pt")) for out in (begun, two))
     means = [[state["exp_avg"] for state in run["optimizer"]["state"].values()]

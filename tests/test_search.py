@@ -105,7 +105,7 @@ def test_a_stopped_trial_runs_again_whatever_it_was_doing(argv, monkeypatch):
     assert cells(study_of(argv)) == ALL
 
 
-@pytest.mark.parametrize("flags", ["--rec-images 4", "--over kl 1e-3", "--over kl-mean 0 1",
+@pytest.mark.parametrize("flags", ["--rec-images 4", "--over kl 1e-3", "--over contrast 0 1",
                                    "--objective elbo"])
 def test_a_folder_holds_one_search(argv, capsys, flags):
     train.main([*argv, "--search", "grid", "--trials", "1"])

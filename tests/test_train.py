@@ -105,7 +105,7 @@ def test_seed_decides_the_run(tiny_npz, tiny_run, tmp_path):
 
 def test_a_loss_of_weight_zero_trains_nothing(tiny_npz, tmp_path):
     """Eq. 2: rec trains the decoder, KL the prior, and each weight turns its own term off."""
-    only = "--kl-start 0 --kl-mean 0 --model ivae --prior full --schedule constant"
+    only = "--kl-start 0 --contrast 0 --model ivae --prior full --schedule constant"
     weights = {}
     for name, flags in {"rec": "--rec 1 --kl 0", "kl": "--rec 0 --kl 1"}.items():
         for steps in ("1", "2"):
@@ -146,8 +146,8 @@ def test_paper_beats_size_and_flags_beat_both(tiny_npz, tmp_path):
                 "--width", "8", "--unet-width", "8", "--lr", "1e-3", "--precision", "float32",
                 "--log-every", "1", "--out", str(tmp_path)])
     cfg = config_of(tmp_path)
-    paper = dict(kl=5e-4, rec=0.1, u="var", prior="full", kl_mean=0.0, latent_dim=10,
-                 batch_size=32, predict="eps")
+    paper = dict(kl=5e-4, rec=0.1, u="var", prior="full", prior_mean="learned",
+                 contrast=0.0, kl_start=0.0, latent_dim=10, batch_size=32, predict="eps")
     assert {k: cfg[k] for k in paper} == paper
     assert (cfg["width"], cfg["unet_width"], cfg["lr"], cfg["steps"]) == (8, 8, 1e-3, 2)
     assert {r["kl weight"] for r in steps_of(tmp_path)} == {5e-4}
@@ -226,7 +226,7 @@ def test_a_resumed_run_stays_frozen_without_the_first_checkpoint(full_ivae, tiny
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("--latent-dim 4", "latent_dim 3"), ("--prior known", "prior full"),
+    ("--latent-dim 4", "latent_dim 3"), ("--prior known", "prior full"), ("--prior-mean learned", "prior_mean auto"),
     ("--model ivae", "model idiff"), ("--data dsprites", "image_size 16")])
 def test_what_contradicts_a_frozen_ivae_is_named(full_ivae, tiny_npz, tmp_path, capsys, flags,
                                                  named):
