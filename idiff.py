@@ -124,7 +124,8 @@ class Config:
     @property
     def zero_means(self):
         """Whether a learned p(z|u) has means of 0. (A learned one lets z_i fold, telling |g_i|.)"""
-        return self.prior_mean == "zero" or (self.prior_mean == "auto" and self.u == "var")
+        asked = self.prior_mean == "zero" or (self.prior_mean == "auto" and self.u == "var")
+        return asked and self.latent == "gaussian"
 
     @property
     def halvings(self):
@@ -424,7 +425,7 @@ class DiagonalPrior(nn.Module):
         h = self.net(by_factor.flatten(1).unsqueeze(2))        # (B, n * (2 or L), 1)
         h = h.view(len(u), self.n, -1)
 
-        if self.cfg.zero_means and self.cfg.latent == "gaussian":
+        if self.cfg.zero_means:
             h = F.pad(h[:, :, 1:], (1, 0))
         return prior_distribution(self.cfg, h)
 
@@ -460,7 +461,7 @@ class FullPrior(nn.Module):
         u = u.float()
         h = self.linear(u) + self.net(u)                       # (B, D * (2 or L))
         h = h.unflatten(1, (self.cfg.latent_dim, -1))
-        if self.cfg.zero_means and self.cfg.latent == "gaussian":
+        if self.cfg.zero_means:
             h = F.pad(h[:, :, 1:], (1, 0))
         return prior_distribution(self.cfg, h)
 
