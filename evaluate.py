@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from idiff import (Config, Encoder, invert, load_checkpoint, load_data, pick_device, sample_dpmpp,
-                   seeded_noise, time_grid)
+                   seeded_noise, time_grid, unpack_u)
 
 N_SCORES = 10_000           # rows of the standard, of all metrics but DCI
 N_DCI = 15_000              # two thirds of them train the trees
@@ -328,9 +328,9 @@ def of_checkpoint(path, args, load=load_data):
     factors_drawn = data.factors(drawn).cpu().numpy()
 
     # u as if it were a code: its centres, or else its log-scales
+    log_s, m = unpack_u(u, cfg)
+    u = log_s if cfg.u == "var" else m
     u = u.cpu().numpy()
-    if cfg.u == "mean+var":
-        u = u[:, u.shape[1] // 2:]
 
     info = {"data": data.name, "model": cfg.model, "config": vars(cfg), "weights": "EMA",
             "training": model.info}

@@ -122,6 +122,11 @@ class Config:
         return self.latent_dim * self.categories
 
     @property
+    def u_dim(self):
+        """How many entries u has, see pack_u."""
+        return self.n_factors if self.u == "var" else 2 * self.n_factors
+
+    @property
     def zero_means(self):
         """Whether a learned p(z|u) has means of 0. (A learned one lets z_i fold, telling |g_i|.)"""
         asked = self.prior_mean == "zero" or (self.prior_mean == "auto" and self.u == "var")
@@ -400,7 +405,7 @@ class KnownPrior(nn.Module):
 
 
 class DiagonalPrior(nn.Module):
-    """A small network per latent i, which sees u's entries for factor i alone.
+    """A small network per latent i, which sees factor i's own scale and centre alone.
 
     Latents without a factor: N(0, 1).
     """
@@ -409,19 +414,18 @@ class DiagonalPrior(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.n = min(cfg.n_factors, cfg.latent_dim)            # networks, as groups of channels
-        entries = 1 if cfg.u == "var" else 2                   # of u, for each factor
         h = self.n * hidden
         n_out = self.n * numbers_per_latent(cfg)
         self.net = nn.Sequential(
-            nn.Conv1d(self.n * entries, h, 1, groups=self.n),
+            nn.Conv1d(self.n * 2, h, 1, groups=self.n),
             nn.SiLU(),
             nn.Conv1d(h, h, 1, groups=self.n),
             nn.SiLU(),
             nn.Conv1d(h, n_out, 1, groups=self.n))
 
     def forward(self, u):
-        u = u.float().unflatten(1, (-1, self.cfg.n_factors))   # (B, 1 or 2, K)
-        by_factor = u[:, :, :self.n].transpose(1, 2)           # (B, n, 1 or 2)
+        log_s, m = unpack_u(u, self.cfg)
+        by_factor = torch.stack([log_s, m], dim=2)[:, :self.n]         # (B, n, 2)
         h = self.net(by_factor.flatten(1).unsqueeze(2))        # (B, n * (2 or L), 1)
         h = h.view(len(u), self.n, -1)
 
@@ -440,11 +444,10 @@ class FullPrior(nn.Module):
     def __init__(self, cfg, hidden=128):
         super().__init__()
         self.cfg = cfg
-        n_in = cfg.n_factors if cfg.u == "var" else 2 * cfg.n_factors
         numbers = numbers_per_latent(cfg)
-        self.linear = nn.Linear(n_in, cfg.latent_dim * numbers)
+        self.linear = nn.Linear(cfg.u_dim, cfg.latent_dim * numbers)
         self.net = nn.Sequential(
-            nn.Linear(n_in, hidden),
+            nn.Linear(cfg.u_dim, hidden),
             nn.SiLU(),
             nn.Linear(hidden, hidden),
             nn.SiLU(),

@@ -225,12 +225,14 @@ def read_log(out):
 
 def start_log(out, cfg, first_step):
     """Begin log.jsonl with the config; of a resumed run's keep what came before first_step."""
-    kept = []
-    for record in read_log(out):
-        if isinstance(record.get("step"), int) and record["step"] <= first_step:
-            kept.append(record)
-    lines = [json.dumps(record) for record in [{"config": asdict(cfg)}, *kept]]
-    Path(out, "log.jsonl").write_text("\n".join(lines) + "\n")
+    records = read_log(out)
+    path = Path(out, "log.jsonl")
+    path.write_text("")
+    log(out, {"config": asdict(cfg)})
+    with open(path, "a") as file:
+        for record in records:
+            if isinstance(record.get("step"), int) and record["step"] <= first_step:
+                file.write(json.dumps(record) + "\n")
 
 
 # ---- Model and optimiser ----
@@ -248,7 +250,7 @@ def build(cfg, device, ivae=None):
         for name in ("encoder", "prior", "decoder"):
             part = getattr(model, name)
             part.load_state_dict(getattr(ivae, name).state_dict())
-            part.requires_grad_(False)
+            part.eval().requires_grad_(False)              # eval: BatchNorm keeps its means
     model.to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model)
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import idiff
 import train
 from conftest import ROOT, TINY, same
 from idiff import load_checkpoint, read_checkpoint, save_checkpoint
@@ -203,6 +204,20 @@ def test_frozen_ivae_never_changes_and_the_unet_learns_from_the_denoising_term(
     assert not same(parts_of(ckpt["model"]), parts_of(ckpt["ema"]))    # or the above says little
     assert unets["bare"] and same(unets["bare"], unets["weighed"])
     assert f"frozen iVAE of {full_ivae}" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_frozen_encoder_with_batch_norm_keeps_its_means(tiny_npz, tmp_path, monkeypatch):
+    class Encoder(idiff.Encoder):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.net.insert(2, torch.nn.BatchNorm2d(cfg.width))
+    monkeypatch.setattr(idiff, "Encoder", Encoder)
+    train.main([*TINY, "--data", tiny_npz, "--model", "ivae", "--steps", "3",
+                "--out", str(tmp_path / "ivae")])
+    train.main([*UNET, "--freeze-ivae", str(tmp_path / "ivae" / "ckpt.pt"), "--steps", "3",
+                "--out", str(tmp_path / "frozen")])
+    ckpt, frozen = (read_checkpoint(tmp_path / run / "ckpt.pt") for run in ("ivae", "frozen"))
+    assert same(parts_of(frozen["model"]), parts_of(ckpt["ema"]))
 
 
 def test_a_resumed_run_stays_frozen_without_the_first_checkpoint(full_ivae, tiny_npz, tmp_path,
