@@ -23,6 +23,7 @@ of a factor, N images, S sampler steps. Images lie in [-1, 1].
 import json
 import math
 import os
+import textwrap
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -889,9 +890,11 @@ def read_checkpoint(path, device="cpu"):
         content = torch.load(path, map_location=device, weights_only=True)     # runs no code
         check_content(content)
     except Exception as error:                                 # many kinds, none the user's
-        reason = " ".join(f"{type(error).__name__}, {error}".split(". ")[0].split())[:200]
+        text = " ".join(f"{type(error).__name__}, {error}".split(". ")[0].split())
+        reason = textwrap.shorten(text, 200, placeholder=" ...").rstrip(".")
         raise ValueError(f"'{path}' is not an iDiff checkpoint of this version, or is damaged: "
-                         f"{reason}. Train it again, or pass another.") from None
+                         f"{reason}. Train it again, pass another or, if a file of your own "
+                         "changes idiff, go through that.") from None
     return content
 
 

@@ -23,8 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import evaluate
-from idiff import (Config, IDiff, import_torchvision, load_checkpoint, load_data, pick_device,
-                   read_checkpoint, save_checkpoint, save_grid, seeded_noise)
+from idiff import (DATA_SETS, Config, IDiff, import_torchvision, load_checkpoint, load_data,
+                   pick_device, read_checkpoint, save_checkpoint, save_grid, seeded_noise)
 
 EPOCH = 480_000             # draws
 SIZES = {"small": {},
@@ -55,7 +55,8 @@ def build_parser():
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=110))
 
     add = parser.add_argument_group("the run").add_argument
-    add("--data", help="shapes3d (default, if not a frozen iVAE's), dsprites, .h5 or .npz file")
+    add("--data", help=f"{', '.join(DATA_SETS)}, .h5 or .npz file (default: shapes3d, or a frozen "
+        "iVAE's)")
     add("--size", choices=SIZES, help="widths, batch, length (default: small)")
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
@@ -199,14 +200,12 @@ def provenance(args, data, data_arg):
 
 
 def log(out, record):
-    """The one place where numbers leave: a line of log.jsonl. ValueError if one is not finite."""
-    numbers = [value for value in record.values() if isinstance(value, float)]
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"not finite: {record}. The last good checkpoint is kept; try a smaller "
-                         "--lr, or --precision float32.")
-    if RANK == 0:
-        with open(os.path.join(out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(record) + "\n")
+    """The one place where numbers leave, of rank 0 alone: a line of log.jsonl in the folder out.
+
+    record: {"config": dict} first; {"step": int, a float per term, ...}; last the validation's.
+    """
+    with open(os.path.join(out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def read_log(out):
@@ -231,7 +230,9 @@ def start_log(out, cfg, first_step):
     log(out, {"config": asdict(cfg)})
     with open(path, "a") as file:
         for record in records:
-            if isinstance(record.get("step"), int) and record["step"] <= first_step:
+            step = record.get("step")
+            before = isinstance(step, int) and step <= first_step
+            if before and "validation elbo" not in record:
                 file.write(json.dumps(record) + "\n")
 
 
@@ -392,8 +393,13 @@ def train(cfg, data, out, args, parts, first_step):
             saving = done % args.save_every == 0 or done == cfg.steps or stopping
             if done % args.log_every == 0 or saving:       # the only wait for the device
                 record = mean_over_ranks(numbers)
-                log(out, {"step": done, **record, "kl weight": kl_weight(cfg, step),
-                          "seconds": round(time.time() - started, 2)})
+                if not all(map(math.isfinite, record.values())):
+                    raise ValueError(f"not finite at step {done}: {record}. The last good "
+                                     "checkpoint is kept; try a smaller --lr, or --precision "
+                                     "float32.")
+                if RANK == 0:
+                    log(out, {"step": done, **record, "kl weight": kl_weight(cfg, step),
+                              "seconds": round(time.time() - started, 2)})
                 shown = ("ddpm", "rec", "kl", "contrast")
                 bar.set_postfix({k: record[k] for k in shown if k in record})
 
@@ -402,7 +408,7 @@ def train(cfg, data, out, args, parts, first_step):
                                 n_averaged=ema.n_averaged, optimizer=optimizer.state_dict())
             if stopping:
                 barrier()                                  # rank 0 has saved: all end
-                sys.exit(0 if RANK else f"saved. Go on with: python train.py --resume {path}")
+                sys.exit(0 if RANK else f"saved. Go on with: {command('train')} --resume {path}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -449,7 +455,7 @@ def draw_losses(out):
     for axis, name in zip(figure.subplots(1, 4), ("ddpm", "rec", "kl", "contrast")):
         points = [(r["step"], r[name]) for r in records if name in r]
         axis.plot([step for step, _ in points], [value for _, value in points], lw=0.8)
-        axis.set(title=name, xlabel="step", yscale="log")
+        axis.set(title=name, xlabel="step", yscale="linear" if name == "contrast" else "log")
     figure.savefig(os.path.join(out, "losses.png"), dpi=150)
 
 
@@ -467,16 +473,25 @@ def draw_samples(out, model, data, n=10):
     save_grid(path, torch.cat(list(pictures.values())), list(pictures), [""] * n)
 
 
+def command(script):
+    """How to call a script: through the user's own file, if it stands here and started this run."""
+    own = Path(sys.argv[0]).resolve()
+    here = Path(__file__).resolve()
+    if own.parent == here.parent and own.name != here.name:
+        return f"python {own.name} {script}"
+    return f"python {script}.py"
+
+
 def finish(cfg, data, out, ema):
     """Validation ELBO, pictures and the two commands that come next; returns the ELBO."""
     model = ema.module.eval()
     result = validate(cfg, model, data)
-    log(out, {"validation": result})
+    log(out, {"step": cfg.steps, **{f"validation {k}": v for k, v in result.items()}})
     print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
           f"KL {result['kl']:.1f} nats), averaged weights, 4,096 modulated draws")
     draw_losses(out)
     draw_samples(out, model, data)
-    print(f"Next:\n  python evaluate.py {out}/ckpt.pt\n  python interpolate.py {out}/ckpt.pt")
+    print(f"Next:\n  {command('evaluate')} {out}/ckpt.pt\n  {command('interpolate')} {out}/ckpt.pt")
     return result["elbo"]
 
 

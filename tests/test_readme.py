@@ -83,10 +83,17 @@ def hacked(monkeypatch, tiny_npz, tmp_path):
 
 def test_the_file_of_ones_own_passes_its_flags_on(monkeypatch, tmp_path, capsys):
     block = block_after("## Hack it")
-    (tmp_path / "mine.py").write_text(block)
     monkeypatch.setattr(sys, "argv", ["mine.py", "evaluate", str(tmp_path / "none.pt")])
     with pytest.raises(SystemExit, match="none.pt"):
         exec(block, {"__name__": "__main__"})
+
+
+def test_a_run_of_ones_own_file_names_that_file(monkeypatch, tiny_npz, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "mine.py"), "train"])
+    train.main([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(tmp_path / "run")])
+    *_, evaluation, drawing = capsys.readouterr().out.splitlines()
+    assert evaluation.split()[:3] == ["python", "mine.py", "evaluate"]
+    assert drawing.split()[:3] == ["python", "mine.py", "interpolate"]
 
 
 def test_hack_of_another_librarys_unet(hacked, monkeypatch):
@@ -121,13 +128,18 @@ def test_hack_of_a_data_set_by_a_function(hacked):
 
 
 def test_hack_of_the_log(hacked, monkeypatch, tmp_path):
-    library, told = ModuleType("wandb"), []
-    library.init = lambda project: None
-    library.log = told.append
+    library, told, begun = ModuleType("wandb"), [], []
+    library.run = None
+
+    def init(**about):
+        begun.append(about)
+        library.run = about
+    library.init, library.log = init, told.append
     monkeypatch.setitem(sys.modules, "wandb", library)
     hacked("**Numbers to Weights & Biases**")
     written = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in told if "step" in r] == [1, 2, 3] and "validation" in told[-1]
+    assert len(begun) == 1 and "config" in told[0] and "validation elbo" in told[-1]
+    assert [r["step"] for r in told[1:]] == [1, 2, 3, 3]
     assert json.loads(json.dumps(told)) == written
 
 

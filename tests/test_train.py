@@ -28,7 +28,7 @@ def log_of(out):
 
 
 def steps_of(out):
-    return [record for record in log_of(out) if "step" in record]
+    return [record for record in log_of(out) if "seconds" in record]
 
 
 def config_of(out):
