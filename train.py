@@ -28,8 +28,8 @@ from idiff import (DATA_SETS, Config, IDiff, import_torchvision, load_checkpoint
 
 EPOCH = 480_000             # draws
 SIZES = {"small": {},
-         "full": dict(patch=2, width=128, unet_width=128, batch_size=128, rec_images=0,
-                      ddpm_images=0, epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
+         "full": dict(patch=2, width=128, unet_width=128, rec_images=0, ddpm_images=0,
+                      epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
 PAPER = dict(latent_dim=10, prior="full", prior_mean="learned", u="var", kl=5e-4, rec=0.1,
              contrast=0.0, kl_start=0.0, predict="eps", batch_size=32, rec_images=0, ddpm_images=0,
              lr=2e-4, schedule="constant")
