@@ -14,7 +14,7 @@ import torch
 import train
 from conftest import ROOT, TINY, same
 from idiff import read_checkpoint
-from test_train import log_of
+from test_train import log_of, steps_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LONG = "--schedule constant --steps".split()
@@ -71,7 +71,7 @@ def test_two_ranks_learn_as_one_process(tmp_path, tiny_npz):
     train.main(["--resume", str(begun / "ckpt.pt"), "--device", "cpu", "--log-every", "1"])
     status, _, error = ranks("--resume", two / "ckpt.pt", "--device", "cpu", "--log-every", "1")
     assert status == 0, error
-    logs = [[r for r in log_of(out) if r.get("step", 0) > 1] for out in (begun, two)]
+    logs = [[r for r in steps_of(out) if r["step"] > 1] for out in (begun, two)]
     assert len(logs[0]) == 3
     for one, other in zip(*logs):
         for name in ("ddpm", "rec", "kl", "contrast", "gradient norm"):
