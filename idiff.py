@@ -61,7 +61,8 @@ class Config:
     prior: str = option("full", "p(z|u): read off u; a net per latent; one net of all u", PRIORS)
     prior_mean: str = option("auto", "means of a learned p(z|u); auto: zero under --u var",
                              ("auto", "learned", "zero"))
-    u: str = option("mean+var", "what u modulates of each factor", ("var", "mean+var"))
+    u: str = option("mean+var", "what u modulates of each factor; var: best with --u-scale 0.1 "
+                    "--kl 1e-3 --rec 0.4", ("var", "mean+var"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
     kl: float = option(1e-4, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
