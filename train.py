@@ -104,7 +104,7 @@ def any_rank(flag):
 
 def mean_over_ranks(numbers):
     """A dict of scalars on the device as one of floats, each the mean over the ranks."""
-    values = torch.stack([value.detach().float() for value in numbers.values()])
+    values = torch.stack([value.float() for value in numbers.values()])
     if WORLD > 1:
         dist.all_reduce(values)
         values = values / WORLD
@@ -363,7 +363,8 @@ def train_step(cfg, model, ema, optimizer, batch, step):
     gradient_norm = clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
     ema.update_parameters(model)
-    return {**used, "gradient norm": gradient_norm}
+    numbers = {name: term.detach() for name, term in used.items()}
+    return {**numbers, "gradient norm": gradient_norm}
 
 
 # ---- The run ----
