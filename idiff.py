@@ -188,6 +188,14 @@ class Categories(OneHotCategorical):
         return self.logits.argmax(dim=-1).to(logvar), logvar
 
 
+@register_kl(Gaussian, Gaussian)
+def kl_gaussians(q, p):
+    """KL(q || p) of each latent, (B, D). Torch's own is inf where a variance underflows."""
+    difference = (q.mean - p.mean).square() * (-p.logvar).exp()
+    ratio = (q.logvar - p.logvar).exp()                        # of the variances
+    return 0.5 * (ratio + difference - 1 - q.logvar + p.logvar)
+
+
 @register_kl(Categories, Categories)
 def kl_categories(q, p):
     """KL(q || p) of each latent, (B, D). Torch's own is inf where a probability underflows."""

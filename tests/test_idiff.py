@@ -269,6 +269,11 @@ def test_kl_is_the_closed_form_of_two_gaussians():
     torch.testing.assert_close(kl_loss(Gaussian(mu_q, logvar_q), Gaussian(mu_p, logvar_p)), exact)
 
 
+def test_kl_of_gaussians_is_finite_where_a_variance_underflows():
+    zero = torch.zeros(1, 1)
+    assert kl_loss(Gaussian(zero, zero - 200), Gaussian(zero, zero)).item() == 0.5 * (200 - 1)
+
+
 def test_kl_is_zero_only_for_equal_gaussians():
     mu, logvar, other, _ = gaussians()
     q = Gaussian(mu, logvar)
