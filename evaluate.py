@@ -629,11 +629,13 @@ def format_report(r):
             columns.append([title, *(r[key].get(name) for name in NAMES)])
     text += table(columns) + "\n"
 
+    # which latent found which factor
     rows = [["factor", "latent", "MI/H", "gap", "|rho|", "MCC's latent"]]
     for name, row in r["per_factor"].items():
         rows.append([name, *row.values()])
     text += table(zip(*rows)) + "\n"
 
+    # images made of codes, as a classifier reads them
     if "generation" in r:
         made = r["generation"]
         rows = [[f"read right, n = {made['n']}", *made["accuracy"]["classifier"]]]

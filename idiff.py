@@ -93,6 +93,7 @@ class Config:
     n_factors: int = option(6, "", least=1)
 
     def __post_init__(self):
+        # each value is of its field's type, and among its choices or within its range
         for f in fields(self):
             value = getattr(self, f.name)
             choices = f.metadata["choices"]
@@ -109,6 +110,7 @@ class Config:
             if not fits:
                 raise ValueError(f"{f.name} must be {wanted}, got {value!r}.")
 
+        # what the networks' shapes, and a sum of losses, ask for
         if self.image_size % 16:
             raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}.")
         if self.unet_width % 8:
@@ -235,6 +237,7 @@ def contrast_loss(z, p):
     z. At least -log N; 0 where p does not depend on u; 0 or more on average where z does not.
     Returns shape (). Source: van den Oord et al. 2018; Hyvarinen et al. 2019.
     """
+    # how likely each z is under the u of each draw of the batch
     log_p = p.log_prob(z[:, None]).sum(dim=2)                  # (B, N)
     own = log_p.diagonal()                                     # (B,)
     any_u = log_p.logsumexp(dim=1) - math.log(log_p.shape[1])  # (B,)
@@ -855,6 +858,7 @@ def save_checkpoint(path, model, ema, **state):
     """Write config, weights, averaged weights (module ema) and state to path, or nothing."""
     content = {"format": CHECKPOINT_FORMAT, "config": asdict(model.cfg), "info": model.info,
                "model": model.state_dict(), "ema": ema.state_dict(), **state}
+    # into another file first, so that a crash or a full disk leaves the old checkpoint whole
     partial = Path(f"{path}.partial")
     try:
         with open(partial, "wb") as file:
@@ -1111,6 +1115,7 @@ def read_arrays(path, device, progress):
         if image_key is None or factor_key is None:
             raise ValueError(f"needs the arrays images and factors, has {', '.join(arrays)}")
 
+        # before anything large is read
         if is_h5:
             need = arrays[image_key].size + arrays[factor_key].nbytes
         else:

@@ -130,11 +130,13 @@ def make_config(args, data, ivae):
     if height != width:
         raise ValueError(f"images must be square, got {height} x {width}. Crop or resize them.")
 
+    # what the flags say, and what a frozen iVAE leaves no choice of
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     fixed = {}
     if ivae is not None:
         fixed = {"model": "idiff", **{name: getattr(ivae.cfg, name) for name in IVAE}}
 
+    # from the weakest word to the strongest
     values = dict(SIZES[args.size or "small"])
     if args.paper:
         values.update(PAPER)
@@ -311,12 +313,14 @@ def draw_batch(cfg, data, step):
     the same and keep each WORLD-th row, of u all, their own first: their mean is one process's, but
     for z's noise, which each draws itself. Source of the strata: Kingma et al. 2021.
     """
+    # all random numbers of the step, whatever was drawn before: a resumed run draws the same
     device = data.device
     generator = torch.Generator(device).manual_seed(hash((cfg.seed, step)))
     torch.manual_seed(hash((cfg.seed, step, RANK)))        # for z's noise
     rows, u = data.draw(cfg.batch_size, generator, cfg.u, cfg.u_scale)
     x = data.images(rows)
 
+    # for the U-Net's images one time in each of b equal parts of (0, 1]
     b = cfg.ddpm_images
     stratum = torch.arange(b, device=device)
     t = (stratum + torch.rand(b, generator=generator, device=device)) / b
@@ -358,6 +362,7 @@ def train_step(cfg, model, ema, optimizer, batch, step):
         terms = model(*batch, n_rec=cfg.rec_images // WORLD)
     loss, used = total_loss(cfg, terms, step)
 
+    # descend, with the gradient's norm bounded, and average the weights
     optimizer.zero_grad()
     loss.backward()
     gradient_norm = clip_grad_norm_(model.parameters(), cfg.clip)
@@ -429,6 +434,7 @@ def validate(cfg, model, data, n=4096, size=256):
         rec += float(terms["rec"]) * size / n
         kl += float(terms["kl"]) * size / n
 
+    # the best variance of a Gaussian decoder is its mean squared error
     values = math.prod(data.image_shape)
     elbo = -values / 2 * math.log(2 * math.pi * math.e * rec) - kl
     return {"elbo": elbo, "rec": rec, "kl": kl}
