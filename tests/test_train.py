@@ -6,6 +6,7 @@
 """
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -445,3 +446,15 @@ def test_a_term_of_no_weight_may_overflow(tmp_path, tiny_npz, monkeypatch):
     assert all("rec" in r and "kl_reverse" not in r for r in steps_of(tmp_path / "run"))
     with pytest.raises(SystemExit, match="not finite"):
         train.main([*argv, "--kl-reverse", "1", "--out", str(tmp_path / "other")])
+
+
+def test_a_torchvision_made_for_another_torch_is_told_before_the_training(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        'raise RuntimeError("operator torchvision::nms does not exist")')
+    done = subprocess.run([sys.executable, "train.py", "--device", "cpu", "--out",
+                           str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "torchvision::nms" in done.stderr and "pip install" in done.stderr
+    assert not (tmp_path / "run").exists()
