@@ -33,7 +33,7 @@ import evaluate  # noqa: E402
 import interpolate  # noqa: E402
 import train  # noqa: E402
 from conftest import same  # noqa: E402
-from idiff import Config, load_checkpoint, load_data, read_checkpoint  # noqa: E402
+from idiff import load_checkpoint, load_data, read_checkpoint  # noqa: E402
 
 SMALL = ("--width 1 --unet-width 8 --batch-size 2 --ddpm-images 1 --device cpu --latent-dim 2 "
          "--size small --log-every 1 --save-every 1").split()
