@@ -311,7 +311,7 @@ def test_contrast_is_zero_for_a_prior_that_ignores_u():
 
 
 def test_contrast_is_infonce_with_the_priors_density_as_the_critic():
-    """The cross-entropy of picking one's own u among N, less log N, by scikit-like arithmetic."""
+    """The cross-entropy of picking one's own u among N, less log N, from densities themselves."""
     z, p = torch.randn(5, 3, generator=rng()), some_prior()
     density = torch.stack([Normal(p.mean[b], p.stddev[b]).log_prob(z).sum(dim=1).exp()
                            for b in range(8)], dim=1)          # (5, 8)
