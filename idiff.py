@@ -34,7 +34,7 @@ from torch import nn
 from torch.distributions import Distribution, Normal, OneHotCategorical, kl_divergence, register_kl
 from torch.nn import functional as F
 
-CHECKPOINT_FORMAT = 3       # raised when what a checkpoint holds changes
+CHECKPOINT_FORMAT = 4       # raised when what a checkpoint holds changes
 PRIORS = {}                 # p(z|u) by name: each class enters itself below its definition
 DATA_SETS = {}              # functions device -> Data by name, likewise
 
@@ -55,8 +55,8 @@ class Config:
     """What changes the numbers: data shape, model, SDE, loss weights, optimiser, seed."""
     model: str = option("idiff", "VAE; VAE with p(z|u); that and a U-Net", ("vae", "ivae", "idiff"))
     latent_dim: int = option(6, "number of latents D", least=1)
-    latent: str = option("gaussian", "kind of latents; categorical ones by Gumbel-softmax, or "
-                         "straight-through", ("gaussian", "gumbel", "st"))
+    latent: str = option("gaussian", "kind of latents; the last two: categories, see Categories",
+                         ("gaussian", "gumbel", "st"))
     categories: int = option(16, "categories L of each categorical latent", least=2)
     prior: str = option("full", "p(z|u): read off u; a net per latent; one net of all u", PRIORS)
     prior_mean: str = option("auto", "means of a learned p(z|u); auto: zero under --u var",
@@ -64,14 +64,17 @@ class Config:
     u: str = option("mean+var", "what u modulates of each factor; var: best with --u-scale 0.1 "
                     "--kl 1e-3 --rec 0.4", ("var", "mean+var"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
-    kl: float = option(1e-4, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
+    kl: float = option(1e-5, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
     contrast: float = option(0.3, "weight of the contrast of z and u, with p(z|u) as the critic")
     kl_balance: float = option(0.5, "share of KL's gradient that goes to p(z|u)", below=1)
     kl_reverse: float = option(0.0, "weight of KL(p(z|u) || q(z|x)), as a multiple of KL's own")
-    kl_start: float = option(0.0, "KL weight at step 0, if above --kl > 0, to which it falls")
-    predict: str = option("x", "U-Net's output: the noise, or the image, seeing the decoder's",
-                          ("eps", "x"))
+    predict: str = option("residual", "U-Net's output: the noise, or what the decoder's image "
+                          "lacks", ("eps", "residual"))
+    typical: float = option(0.1, "decoder's error, in pixel values, that residual is scaled for",
+                            least=1e-3)
+    settle: float = option(0.4, "share of the steps in which encoder and prior first learn alone",
+                           below=1)
     width: int = option(32, "channels of encoder and decoder, finest level", least=1)
     unet_width: int = option(32, "channels of the U-Net, finest level", least=8)
     patch: int = option(4, "side in pixels of the space-to-depth stem", (1, 2, 4))
@@ -81,6 +84,7 @@ class Config:
     epochs: float = option(0.8, "length in epochs of 480,000 draws")
     steps: int = option(0, "length in optimiser steps, 0 for what --epochs says")
     lr: float = option(2e-3, "peak learning rate of AdamW")
+    muon: float = option(0.03, "that of Muon, for decoder's and U-Net's matrices; 0: AdamW for all")
     schedule: str = option("cosine", "learning rate after warm-up", ("constant", "cosine"))
     clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
     ema: float = option(0.998, "decay per step of the averaged weights", below=1)
@@ -137,6 +141,13 @@ class Config:
         return asked and self.latent == "gaussian"
 
     @property
+    def settle_steps(self):
+        """How many first steps are the encoder's and the prior's alone."""
+        if self.model == "vae" or self.contrast == 0:          # nothing would teach them
+            return 0
+        return round(self.settle * self.steps)
+
+    @property
     def halvings(self):
         """How often the networks halve the stem's resolution, down to image_size / 16."""
         return int(math.log2(16 // self.patch))
@@ -162,7 +173,7 @@ class Gaussian(Normal):
 class Categories(OneHotCategorical):
     """Independent categorical latents of logits (B, D, L); codes z are (B, D, L), relaxed one-hot.
 
-    hard: codes are one-hot, with the relaxed ones' gradient (straight-through).
+    hard: codes are one-hot, with the relaxed ones' gradient ("st", straight-through).
     Source: Jang et al. 2017 (Gumbel-softmax), Bengio et al. 2013 (straight-through).
     """
 
@@ -249,6 +260,8 @@ def contrast_loss(z, p):
 class Encoder(nn.Module):
     """q(z|x): images (B, C, H, W) -> a distribution of z, over (B, D), in float32. Never sees u."""
 
+    LOGVAR_AT_START = -4.0
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -274,6 +287,9 @@ class Encoder(nn.Module):
                    nn.Linear(256, n_out)]
         self.net = nn.Sequential(*layers)
 
+        if cfg.latent == "gaussian":                           # lest a decoder learn from noise
+            nn.init.constant_(layers[-1].bias[cfg.latent_dim:], self.LOGVAR_AT_START)
+
     def forward(self, x):
         h = self.net(x).float()                                # (B, 2 D) or (B, D L)
 
@@ -286,8 +302,11 @@ class Encoder(nn.Module):
 
 
 def fourier(z):
-    """z (B, D), its sines and cosines at 1/2, 1 and 2 periods a unit: (B, 7 D). Hues vary fast."""
-    frequency = math.pi * 2 ** torch.arange(3, device=z.device)
+    """z (B, D), its sines and cosines at 0.15, 0.3 and 0.6 periods a unit: (B, 7 D).
+
+    A hue's colours vary fast with z, whose range is some 6 units; faster features learn later.
+    """
+    frequency = 0.3 * math.pi * 2 ** torch.arange(3, device=z.device)
     angle = (z[:, :, None] * frequency).flatten(1)             # (B, 3 D)
     return torch.cat([z, angle.sin(), angle.cos()], dim=1)
 
@@ -508,11 +527,11 @@ class ResBlock(nn.Module):
 
 
 class ScoreUNet(nn.Module):
-    """A bare network: x_t (B, C, H, W), t (B,), z (B, D), x_hat like x_t -> like x_t, float32.
+    """A bare network: x_t (B, C, H, W), t (B,), z (B, D), x_hat like x_t -> float32 (B, n C, H, W).
 
     A U-Net on a space-to-depth stem, halved down to image_size / 16; z and t enter every block.
-    What its output means is up to IDiff.denoise. Unless the output is the noise it sees the
-    decoder's image x_hat, too (Pandey et al. 2022).
+    What it is given and what its output means is up to IDiff.denoise: n is 1 for the noise, 2 for
+    the residual and its gate, and then it sees the decoder's image x_hat, too (Pandey et al. 2022).
     """
 
     def __init__(self, cfg):
@@ -555,7 +574,10 @@ class ScoreUNet(nn.Module):
         self.start = nn.Linear(c_emb, w * (cfg.image_size // 16)**2)   # a coarse picture of z
 
         self.norm = nn.GroupNorm(8, f)
-        self.head = Head(f, c_seen, c, c_emb, cfg.patch)
+        c_out = 2 * c if self.sees_x_hat else c
+        self.head = Head(f, c_seen, c_out, c_emb, cfg.patch)
+        nn.init.zeros_(self.head.mix.weight)                   # so that its output starts at 0
+        nn.init.zeros_(self.head.mix.bias)
 
     def forward(self, x_t, t, z, x_hat):
         # embedding of t and z
@@ -582,7 +604,7 @@ class ScoreUNet(nn.Module):
         for grow, block in zip(self.grow, self.up):
             h = grow(F.interpolate(h, scale_factor=2))
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.head(F.silu(self.norm(h)), emb, seen)      # (B, C, H, W)
+        return self.head(F.silu(self.norm(h)), emb, seen)      # (B, n C, H, W)
 
 
 # ---- VP-SDE and samplers ----
@@ -720,7 +742,7 @@ def invert(eps_fn, x, ts, sde):
 class IDiff(nn.Module):
     """The joint model of Eq. 2. cfg.model "vae" and "ivae" have no U-Net (unet is None)."""
 
-    FAINT = 0.02        # below about this sigma an x-predicting U-Net is bypassed: x_t is the image
+    RATIOS = (0.01, 3.0)    # of sigma to alpha, the range that a residual U-Net is trained in
 
     def __init__(self, cfg):
         super().__init__()
@@ -739,62 +761,82 @@ class IDiff(nn.Module):
         with b <= B. The encoder sees all B images, the decoder the first n_rec (None: all), the
         U-Net the first b.
 
-        rec is the mean squared error of the decoder, kl the KL(q(z|x) || p(z|u)). ddpm (Eq. 3 with
-        lambda(t) = sigma^2) is the mean squared error of the noise estimate, or, where the U-Net
-        predicts the image, of that; without a U-Net or without t there is no such term. Terms
-        beyond the paper are there if their weight is not 0: kl_reverse, KL(p || q); contrast.
+        kl is the KL(q(z|x) || p(z|u)), rec the mean squared error of the decoder; without images
+        for it there is no such term. ddpm (Eq. 3 with lambda(t) = sigma^2) is the mean squared
+        error of the noise estimate, where the U-Net predicts a residual times r^2 + s^2, see
+        denoise; without a U-Net or without t there is no such term. Terms beyond the paper are
+        there if their weight is not 0: kl_reverse, KL(p || q); contrast.
         """
         cfg = self.cfg
-        n_rec = n_rec or len(x)
+        n_rec = len(x) if n_rec is None else n_rec
         n_ddpm = len(t)
 
-        # iVAE: every image is encoded, the first ones are decoded
+        # every image is encoded
         q = self.encoder(x)                                    # over (B, D)
         p = self.prior(u[:len(x)])                             # over (B, D)
         z = q.rsample().flatten(1)                             # (B, D) or (B, D L)
-        x_hat = self.decoder(z[:max(n_rec, n_ddpm)])
-
-        error = x_hat[:n_rec] - x[:n_rec]
-        terms = {"rec": error.square().mean(),
-                 "kl": balanced_kl(q, p, cfg.kl_balance)}
+        terms = {"kl": balanced_kl(q, p, cfg.kl_balance)}
         if cfg.kl_reverse:
             terms["kl_reverse"] = balanced_kl(p, q, 1 - cfg.kl_balance)
         if cfg.contrast:
             terms["contrast"] = contrast_loss(q.mean, self.prior(u))
+
+        # the first ones are decoded
+        n_decoded = max(n_rec, n_ddpm)
+        if n_decoded == 0:
+            return terms
+        x_hat = self.decoder(z[:n_decoded])
+        if n_rec:
+            error = x_hat[:n_rec] - x[:n_rec]
+            terms["rec"] = error.square().mean()
 
         # diffusion: the decoder is not to learn from it, the encoder is
         if self.unet is not None and n_ddpm:
             x = x[:n_ddpm]
             x_t = self.sde.add_noise(x, eps, t)
             x_0 = self.denoise(x_t, t, z[:n_ddpm], x_hat[:n_ddpm].detach())
-            error = x_0 - x                                    # (b, C, H, W)
-            if cfg.predict == "eps":
-                alpha, sigma = self.alpha_sigma(t)
-                error = error * alpha / sigma                  # of x_0 to that of eps
+            _, ratio = self.alpha_ratio(t)
+            error = (x_0 - x) / ratio                          # of x_0 to that of eps
+            if cfg.predict == "residual":
+                error = error * self.scale(ratio)
             terms["ddpm"] = error.square().mean()
         return terms
 
-    def alpha_sigma(self, t):
-        """alpha(t) and sigma(t), (B, 1, 1, 1) each, of times (B,): x_t = alpha x + sigma eps."""
+    def alpha_ratio(self, t):
+        """alpha and sigma / alpha at times (B,), (B, 1, 1, 1) each: x_t / alpha = x + ratio eps."""
+        t = t.view(-1, 1, 1, 1)
         alpha = self.sde.alpha(t)
-        sigma = self.sde.sigma(t)
-        return alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+        return alpha, self.sde.sigma(t) / alpha
+
+    def scale(self, ratio):
+        """How large the decoder's error and noise of this ratio are together, typically."""
+        return (self.cfg.typical**2 + ratio.square()).sqrt()
 
     def denoise(self, x_t, t, z, x_hat):
         """The clean image (B, C, H, W) that the U-Net believes in, E[x | x_t, z] for the best one.
 
         x_t: (B, C, H, W); t: (B,); z: (B, D), or one-hot codes; x_hat: the decoder's image of z.
+
+        residual: EDM's preconditioning (Karras et al. 2022, Table 1) about the decoder's image. The
+        network sees what x_t / alpha has beyond that: the decoder's error, of typical size r, and
+        noise of size s = sigma / alpha. A gate lets a share of it through, r^2 / (r^2 + s^2) as in
+        EDM where the network does not say otherwise: next to none where the decoder is right.
         """
-        alpha, sigma = self.alpha_sigma(t)
-        out = self.unet(x_t, t, z, x_hat)                      # (B, C, H, W)
-
-        # the network's output is the noise
+        alpha, ratio = self.alpha_ratio(t)
         if self.cfg.predict == "eps":
-            return (x_t - sigma * out) / alpha
+            noise = self.unet(x_t, t, z, x_hat)
+            return x_t / alpha - ratio * noise
 
-        # it is the image, but where the noise is faint
-        keep = 1 / (1 + (sigma / self.FAINT).square())
-        return keep * x_t + (1 - keep) * out
+        # what the network sees; it is told of no more noise than it was trained on
+        typical = self.cfg.typical
+        offset = x_t / alpha - x_hat
+        told = ratio.clamp(max=self.RATIOS[1])
+        t = self.sde.t_of_lam(-told.log()).flatten()
+        out = self.unet(offset / self.scale(ratio), t, z, x_hat)               # (B, 2 C, H, W)
+
+        out, logit = out.chunk(2, dim=1)
+        gate = torch.sigmoid(logit + 2 * (typical / ratio).log())
+        return x_hat + gate * offset + typical * ratio / self.scale(ratio) * out
 
     def encode(self, x):
         """Mean and log-variance of q(z|x), (B, D) each, of images x (B, C, H, W) in [-1, 1].
@@ -830,9 +872,9 @@ class IDiff(nn.Module):
         z = self.embed(z)
 
         def eps_fn(x_t, t):
-            alpha, sigma = self.alpha_sigma(t)
+            alpha, ratio = self.alpha_ratio(t)
             x_0 = self.denoise(x_t, t, z, x_hat)
-            return (x_t - alpha * x_0) / sigma
+            return (x_t / alpha - x_0) / ratio
         return eps_fn
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import evaluate
-from idiff import (DATA_SETS, Config, IDiff, import_torchvision, load_checkpoint, load_data,
+from idiff import (DATA_SETS, VPSDE, Config, IDiff, import_torchvision, load_checkpoint, load_data,
                    pick_device, read_checkpoint, save_checkpoint, save_grid, seeded_noise)
 
 EPOCH = 480_000             # draws
@@ -31,8 +31,8 @@ SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, rec_images=0, ddpm_images=0,
                       epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
 PAPER = dict(latent_dim=10, prior="full", prior_mean="learned", u="var", kl=5e-4, rec=0.1,
-             contrast=0.0, kl_start=0.0, predict="eps", batch_size=32, rec_images=0, ddpm_images=0,
-             lr=2e-4, schedule="constant")
+             contrast=0.0, settle=0.0, predict="eps", batch_size=32, rec_images=0,
+             ddpm_images=0, lr=2e-4, muon=0.0, schedule="constant")
 
 # What a U-Net on a frozen iVAE has in common with it.
 IVAE = ("latent_dim", "latent", "categories", "prior", "prior_mean", "u", "u_scale", "width",
@@ -134,7 +134,8 @@ def make_config(args, data, ivae):
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     fixed = {}
     if ivae is not None:
-        fixed = {"model": "idiff", **{name: getattr(ivae.cfg, name) for name in IVAE}}
+        fixed = {name: getattr(ivae.cfg, name) for name in IVAE}
+        fixed.update(model="idiff", settle=0.0)
 
     # from the weakest word to the strongest
     values = dict(SIZES[args.size or "small"])
@@ -152,9 +153,10 @@ def make_config(args, data, ivae):
 
     # lengths and counts as they come out
     steps = cfg.steps or max(1, round(cfg.epochs * EPOCH / cfg.batch_size))
+    rec_images = min(cfg.rec_images or cfg.batch_size, cfg.batch_size)
     ddpm_images = min(cfg.ddpm_images or cfg.batch_size, cfg.batch_size)
     return replace(cfg, steps=steps, epochs=steps * cfg.batch_size / EPOCH,
-                   ddpm_images=ddpm_images)
+                   rec_images=rec_images, ddpm_images=ddpm_images)
 
 
 def check_fit(cfg, data, args):
@@ -238,10 +240,48 @@ def start_log(out, cfg, first_step):
                 file.write(json.dumps(record) + "\n")
 
 
-# ---- Model and optimiser ----
+# ---- Model and optimisers ----
+
+class Muon(torch.optim.Optimizer):
+    """Steps of one size along every singular vector of the momentum, for weights seen as matrices.
+
+    A kernel (O, I, h, w) is a matrix (O, I h w). Source: Jordan et al. 2024.
+    """
+
+    def __init__(self, params, lr, momentum=0.9):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:                         # its part does not learn yet
+                    continue
+                if not self.state[p]:
+                    self.state[p]["average"] = torch.zeros_like(p)
+                average = self.state[p]["average"]
+                average.lerp_(p.grad, 1 - group["momentum"])
+                ahead = torch.lerp(p.grad, average, group["momentum"])         # Nesterov's
+
+                step = orthogonalise(ahead.flatten(1))
+                n_rows, n_columns = step.shape
+                rate = group["lr"] * max(1, n_rows / n_columns) ** 0.5
+                p.sub_(rate * step.view_as(p))
+
+
+def orthogonalise(m):
+    """The matrix m with its singular values moved to about 1, by five Newton-Schulz iterations."""
+    if m.shape[0] > m.shape[1]:
+        return orthogonalise(m.T).T
+    m = m / (m.norm() + 1e-7)
+    for _ in range(5):
+        square = m @ m.T
+        m = 3.4445 * m + (2.0315 * square @ square - 4.7750 * square) @ m
+    return m
+
 
 def build(cfg, device, ivae=None):
-    """Model, its averaged copy and optimiser, seeded.
+    """Model, its averaged copy and optimisers, seeded.
 
     Given a model ivae, all but the U-Net are its own, for good: they get no gradient.
     """
@@ -264,11 +304,21 @@ def build(cfg, device, ivae=None):
             if part is not None:
                 part.compile()
 
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.0, fused=True)
-    return model, ema, optimizer
+    # the matrices of what draws images go to Muon, all else to AdamW
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        draws = name.startswith(("decoder.", "unet."))
+        if draws and p.dim() > 1 and p.requires_grad and cfg.muon:
+            matrices.append(p)
+        else:
+            others.append(p)
+    optimizers = [torch.optim.AdamW(others, cfg.lr, weight_decay=0.0, fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices, cfg.muon))
+    return model, ema, optimizers
 
 
-def restore(content, model, ema, optimizer):
+def restore(content, model, ema, optimizers):
     """Put a checkpoint's content back; returns the step to go on from. Many errors, if it fails."""
     for key in ("data_arg", "size", "method", "frozen"):
         if key not in content["info"]:
@@ -277,33 +327,27 @@ def restore(content, model, ema, optimizer):
     if content["step"] not in range(steps + 1):
         raise ValueError(f"its step is {content['step']}, of {steps}")
 
-    # weights, averaged weights and the optimiser's moments
+    # weights, averaged weights and the optimisers' moments
     model.load_state_dict(content["model"])
     ema.module.load_state_dict(content["ema"])
     ema.n_averaged.copy_(content["n_averaged"])
-    optimizer.load_state_dict(content["optimizer"])
-    for p, state in optimizer.state.items():
-        if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
-            raise ValueError("the optimiser's state is of other shapes than the weights")
+    for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+        for p, state in optimizer.state.items():
+            for name, moment in state.items():
+                if name != "step" and moment.shape != p.shape:
+                    raise ValueError(f"an optimiser's {name} is of another shape than its weight")
     return content["step"]
 
 
 # ---- One step ----
 
-def kl_weight(cfg, step):
-    """lambda_KL at a step: geometrically from max(kl_start, kl) to kl over 60 % of the steps."""
-    if cfg.kl == 0:
-        return 0.0
-    rise = max(cfg.kl_start, cfg.kl) / cfg.kl
-    return cfg.kl * rise ** max(0.0, 1 - step / (0.6 * cfg.steps))
-
-
-def learning_rate(cfg, step):
-    """Linear warm-up over 100 steps, then constant, or half a cosine down to 0."""
-    rate = cfg.lr * min(1.0, (step + 1) / 100)
+def warmth(cfg, step):
+    """Share of the peak learning rates: up over 100 steps, then 1, or half a cosine down to 0."""
+    share = min(1.0, (step + 1) / 100)
     if cfg.schedule == "cosine":
-        rate *= 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)
-    return rate
+        share *= 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)
+    return share
 
 
 def draw_batch(cfg, data, step):
@@ -320,16 +364,20 @@ def draw_batch(cfg, data, step):
     rows, u = data.draw(cfg.batch_size, generator, cfg.u, cfg.u_scale)
     x = data.images(rows)
 
-    # for the U-Net's images one time in each of b equal parts of (0, 1]
-    b = cfg.ddpm_images
+    # for the U-Net's images one time in each of b equal parts of (0, 1], or of what stands for it
+    b = 0 if step < cfg.settle_steps else cfg.ddpm_images
     stratum = torch.arange(b, device=device)
-    t = (stratum + torch.rand(b, generator=generator, device=device)) / b
+    t = (stratum + torch.rand(b, generator=generator, device=device)) / max(b, 1)
+    t = t.clamp(min=1e-5)
+    if cfg.predict == "residual":
+        low, high = IDiff.RATIOS
+        log_ratio = math.log(low) + t * math.log(high / low)
+        t = VPSDE().t_of_lam(-log_ratio)
     eps = torch.randn(x[:b].shape, generator=generator, device=device)
 
     # the layout that the networks' convolutions are fast in
     x = x.contiguous(memory_format=torch.channels_last)
     eps = eps.contiguous(memory_format=torch.channels_last)
-    t = t.clamp(min=1e-5)
 
     u = torch.cat([u[(RANK + i) % WORLD::WORLD] for i in range(WORLD)])
     return x[RANK::WORLD], u, t[RANK::WORLD], eps[RANK::WORLD]
@@ -337,7 +385,8 @@ def draw_batch(cfg, data, step):
 
 def total_loss(cfg, terms, step):
     """Eq. 2: L = L_DDPM + lambda_rec L_rec + lambda_KL L_KL, and what goes beyond the paper."""
-    kl = kl_weight(cfg, step)
+    # as long as no decoder learns, nothing would hold q(z|x) narrow
+    kl = 0.0 if step < cfg.settle_steps else cfg.kl
     weights = {"ddpm": 1.0,
                "rec": cfg.rec,
                "kl": kl,
@@ -350,23 +399,27 @@ def total_loss(cfg, terms, step):
     return loss, used
 
 
-def train_step(cfg, model, ema, optimizer, batch, step):
-    """One optimiser step; returns the terms that have a weight and the gradient's norm."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, step)
+def train_step(cfg, model, ema, optimizers, batch, step):
+    """One step; returns the terms that have a weight and the gradient's norm."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * warmth(cfg, step)
     ema.multi_avg_fn = get_ema_multi_avg_fn(min(cfg.ema, (step + 1) / (step + 10)))    # warm-up
     encoder = model.module.encoder if WORLD > 1 else model.encoder
     encoder.temperature = 0.3 ** (step / cfg.steps)        # of Gumbel-softmax, from 1 to 0.3
 
+    # at first encoder and prior learn alone
+    n_rec = 0 if step < cfg.settle_steps else cfg.rec_images
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
-        terms = model(*batch, n_rec=cfg.rec_images // WORLD)
+        terms = model(*batch, n_rec=n_rec // WORLD)
     loss, used = total_loss(cfg, terms, step)
 
     # descend, with the gradient's norm bounded, and average the weights
-    optimizer.zero_grad()
+    model.zero_grad()
     loss.backward()
     gradient_norm = clip_grad_norm_(model.parameters(), cfg.clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     ema.update_parameters(model)
     numbers = {name: term.detach() for name, term in used.items()}
     return {**numbers, "gradient norm": gradient_norm}
@@ -376,7 +429,7 @@ def train_step(cfg, model, ema, optimizer, batch, step):
 
 def train(cfg, data, out, args, parts, first_step):
     """Train from first_step to cfg.steps, logging and saving into the folder out."""
-    model, ema, optimizer = parts
+    model, ema, optimizers = parts
     path = os.path.join(out, "ckpt.pt")
     started = time.time()
 
@@ -391,7 +444,7 @@ def train(cfg, data, out, args, parts, first_step):
               unit=" images", unit_scale=True, disable=RANK > 0) as bar:
         for step in range(first_step, cfg.steps):
             batch = draw_batch(cfg, data, step)
-            numbers = train_step(cfg, ranked, ema, optimizer, batch, step)
+            numbers = train_step(cfg, ranked, ema, optimizers, batch, step)
             done = step + 1
             bar.update(cfg.batch_size)
 
@@ -404,14 +457,14 @@ def train(cfg, data, out, args, parts, first_step):
                                      "checkpoint is kept; try a smaller --lr, or --precision "
                                      "float32.")
                 if RANK == 0:
-                    log(out, {"step": done, **record, "kl weight": kl_weight(cfg, step),
-                              "seconds": round(time.time() - started, 2)})
+                    log(out, {"step": done, **record, "seconds": round(time.time() - started, 2)})
                 shown = ("ddpm", "rec", "kl", "contrast")
                 bar.set_postfix({k: record[k] for k in shown if k in record})
 
             if saving and RANK == 0:
                 save_checkpoint(path, model, ema.module, config=asdict(cfg), step=done,
-                                n_averaged=ema.n_averaged, optimizer=optimizer.state_dict())
+                                n_averaged=ema.n_averaged,
+                                optimizers=[each.state_dict() for each in optimizers])
             if stopping:
                 barrier()                                  # rank 0 has saved: all end
                 sys.exit(0 if RANK else f"saved. Go on with: {command('train')} --resume {path}")
@@ -532,12 +585,12 @@ def run(args):
     out = os.path.dirname(args.resume) or "." if content else make_folder(args.out, cfg)
 
     # model
-    model, ema, optimizer = build(cfg, device, ivae)
+    model, ema, optimizers = build(cfg, device, ivae)
     model.info = info
     first_step = 0
     if content:
         try:
-            first_step = restore(content, model, ema, optimizer)
+            first_step = restore(content, model, ema, optimizers)
         except Exception as error:                         # of torch: many
             reason = f"{type(error).__name__}, {error}"
             raise ValueError(f"'{args.resume}' holds no state to resume from: {reason}") from None
@@ -547,7 +600,7 @@ def run(args):
     if RANK == 0:
         start_log(out, cfg, first_step)
         print(describe(cfg, data, device, model), flush=True)
-    train(cfg, data, out, args, (model, ema, optimizer), first_step)
+    train(cfg, data, out, args, (model, ema, optimizers), first_step)
     if RANK == 0:
         return finish(cfg, data, out, ema)
 

@@ -39,7 +39,7 @@ from idiff import Config, IDiff, ScoreUNet, fourier, load_data  # noqa: E402
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISION = "bfloat16" if DEVICE.type == "cuda" else "float32"
 MARKS = (500, 1000, 2000, 3000)                                # images seen, of --curve
-RECIPES = {"default: predicts x, z and decoder": {},
+RECIPES = {"default: predicts the residual": {},
            "plain: predicts eps, z alone": dict(predict="eps")}
 COLUMNS = ("measured", "case", "median", "least to most", "ratio", "M params", "peak MiB")
 
@@ -76,7 +76,8 @@ class Peer(nn.Module):
         super().__init__()
         self.sees_x_hat = cfg.predict != "eps"
         c = cfg.image_channels
-        self.net, c_emb, self.call = make(2 * c if self.sees_x_hat else c, c, width)
+        c = 2 * c if self.sees_x_hat else c
+        self.net, c_emb, self.call = make(c, c, width)
         self.latent = nn.Sequential(nn.Linear(7 * cfg.latent_dim, c_emb), nn.SiLU(),
                                     nn.Linear(c_emb, c_emb))
 
@@ -120,8 +121,8 @@ def fit(make, cfg, target):
 
 def config(batch, **changes):
     """Config of `batch` images a step, all seen by decoder and U-Net."""
-    return replace(Config(), steps=10_000, batch_size=batch, ddpm_images=batch, rec_images=0,
-                   precision=PRECISION, **changes)
+    return replace(Config(), steps=10_000, batch_size=batch, ddpm_images=batch, rec_images=batch,
+                   settle=0.0, precision=PRECISION, **changes)
 
 def build(cfg, make=None, width=0):
     """train.build, with another U-Net if one is given; the iVAE's weights are the same for all."""
@@ -135,12 +136,12 @@ def build(cfg, make=None, width=0):
 
 def step_s(cfg, data, parts, contiguous=False):
     """Seconds of one training step, draw included."""
-    model, ema, optimizer = parts
+    model, ema, optimizers = parts
     start = time.perf_counter()
     batch = train.draw_batch(cfg, data, 0)
     if contiguous:
         batch = [tensor.contiguous() for tensor in batch]
-    float(train.train_step(cfg, model, ema, optimizer, batch, 0)["rec"])      # waits for the device
+    float(train.train_step(cfg, model, ema, optimizers, batch, 0)["rec"])      # waits for the device
     return time.perf_counter() - start
 
 def draw_s(cfg, data, n=10):
@@ -166,9 +167,9 @@ def peak_mib(make, cfg, width):
     b, n_u = cfg.batch_size, 2 * cfg.n_factors
     batch = [torch.rand(b, 3, 64, 64), torch.rand(b, n_u), torch.rand(b), torch.rand(b, 3, 64, 64)]
     before = status_mib("VmRSS")
-    model, ema, optimizer = build(cfg, make, width)
+    model, ema, optimizers = build(cfg, make, width)
     try:
-        train.train_step(cfg, model, ema, optimizer, [v.to(DEVICE) for v in batch], 0)
+        train.train_step(cfg, model, ema, optimizers, [v.to(DEVICE) for v in batch], 0)
     except torch.OutOfMemoryError:
         return np.inf
     if DEVICE.type == "cuda":
@@ -252,7 +253,7 @@ def bench_levers(args, data):
         return parts
     runs = {"default: patch 4, U-Net sees 24 of 128": partial(step_s, small, data, build(small))}
     for name, changes in {"patch 2": dict(patch=2), "patch 1": dict(patch=1),
-                          "U-Net and decoder see all": dict(ddpm_images=128, rec_images=0)}.items():
+                          "U-Net and decoder see all": dict(ddpm_images=128, rec_images=128)}.items():
         cfg = replace(small, **changes)
         runs[name] = partial(step_s, cfg, data, build(cfg))
     runs["not channels_last"] = partial(step_s, small, data, contiguous(small), contiguous=True)
@@ -304,11 +305,11 @@ def curve(args, recipe, data, make):
     cfg = config(10, lr=args.lr, schedule="constant", **recipe)
     held_out = train.draw_batch(config(120, seed=1_000_003), data, 0)
     width, count = fit(make, cfg, args.params)
-    model, ema, optimizer = build(cfg, make, width)
+    model, ema, optimizers = build(cfg, make, width)
     found = []
     for step in range(args.images // 10):
         batch = train.draw_batch(cfg, data, step)
-        train.train_step(cfg, model, ema, optimizer, batch, step)
+        train.train_step(cfg, model, ema, optimizers, batch, step)
         if 10 * (step + 1) in MARKS:
             found.append(f"{denoising_loss(model, held_out):.4f}")
     return f"{count:.2f}", *found

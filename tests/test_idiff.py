@@ -97,7 +97,7 @@ def test_every_network_keeps_its_shapes(patch, side, channels):
     x, t = images(2, side, channels), torch.tensor([0.1, 0.9])
     mean, logvar = model.encode(x)
     assert mean.shape == logvar.shape == (2, 4)
-    assert model.decode(mean).shape == model.unet(x, t, mean, x).shape == x.shape
+    assert model.decode(mean).shape == model.denoise(x, t, mean, x).shape == x.shape
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -122,7 +122,7 @@ def test_unet_output_depends_on_z_and_on_t():
         assert (model.unet(x, t, moved, x) - base).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("predict, seen", [("eps", False), ("x", True)])
+@pytest.mark.parametrize("predict, seen", [("eps", False), ("residual", True)])
 def test_unet_sees_the_decoders_image_unless_it_predicts_the_noise(predict, seen):
     model, x, t = small_model(predict=predict), images(1), torch.tensor([0.5])
     change = model.unet(x, t, torch.zeros(1, 4), x) - model.unet(x, t, torch.zeros(1, 4), -x)
@@ -130,7 +130,7 @@ def test_unet_sees_the_decoders_image_unless_it_predicts_the_noise(predict, seen
 
 
 def test_denoising_loss_leaves_the_decoder_alone():
-    model, x = small_model(predict="x").train(), images(4)
+    model, x = small_model(predict="residual").train(), images(4)
     model(x, torch.rand(4, 6), torch.rand(4), torch.randn_like(x))["ddpm"].backward()
     assert all(p.grad is None for p in model.decoder.parameters())
     assert all(p.grad is not None for p in model.encoder.parameters())
@@ -143,7 +143,7 @@ def test_every_parameter_of_every_network_gets_a_gradient():
     assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-@pytest.mark.parametrize("predict", ["eps", "x"])
+@pytest.mark.parametrize("predict", ["eps", "residual"])
 def test_an_image_alone_equals_that_image_in_a_batch(predict):
     model, x = small_model(predict=predict), images(5)
     mean, logvar = model.encode(x)
@@ -455,25 +455,64 @@ def test_an_eps_network_is_itself_the_noise_estimate_and_eq_3_its_squared_error(
     torch.testing.assert_close(x_0, (x_t - sigma * (eps + 0.1)) / alpha)
 
 
-def test_an_x_network_knows_the_image_and_the_loss_is_the_images_error():
-    x, u, t, eps = a_step()
-    x_t, alpha, sigma = noised(x, t, eps)
-    model = stub(unet=lambda *_: x, predict="x")
-    assert model(x, u, t.clamp(min=0.3), eps)["ddpm"] < 1e-5
-    model.unet = Call(lambda *_: x + 0.1)
-    assert model(x, u, t.clamp(min=0.5), eps)["ddpm"].item() == pytest.approx(0.01, rel=0.02)
-    t = torch.full((4,), 0.9)
-    x_t, alpha, sigma = noised(x, t, eps)
-    model.unet = Call(lambda *_: x)
-    torch.testing.assert_close(model.eps_fn(torch.zeros(4, 4))(x_t, t), eps, atol=1e-3, rtol=1e-3)
+# A residual network's output and the logit of its gate, as one map.
 
 
-def test_where_noise_is_faint_the_image_is_x_t_itself():
+def residual_stub(out, logit):
+    """A model whose decoder gives 0 and whose U-Net gives these numbers everywhere."""
+    def unet(x_t, t, z, x_hat):
+        return torch.cat([torch.full_like(x_t, out), torch.full_like(x_t, logit)], dim=1)
+    return stub(unet=unet, predict="residual", typical=0.2)
+
+
+@pytest.mark.parametrize("error", [0.05, 0.2, 0.6])
+def test_a_residual_network_of_the_right_gate_gives_the_posterior_mean(error):
+    """x = x_hat + N(0, error^2) and x_t / alpha = x + N(0, s^2): a product of two Gaussians."""
+    x, _, t, eps = a_step()
+    x_hat = torch.randn(x.shape, generator=rng(3))
+    x_t, alpha, sigma = noised(x, t, eps)
+    precisions = 1 / error ** 2, (alpha / sigma) ** 2
+    wanted = (precisions[0] * x_hat + precisions[1] * x_t / alpha) / sum(precisions)
+    model = residual_stub(0.0, 2 * math.log(error / 0.2))
+    torch.testing.assert_close(model.denoise(x_t, t, None, x_hat), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_residual_networks_loss_is_that_of_eps_times_the_variance_seen():
     x, u, t, eps = a_step()
-    t = torch.full((4,), 1e-5)
-    model = stub(unet=lambda *_: torch.zeros_like(x), predict="x")
+    _, alpha, sigma = noised(x, t, eps)
+    model = residual_stub(0.3, 0.1)
+    eps_hat = model.eps_fn(torch.zeros(4, 4))(model.sde.add_noise(x, eps, t), t)
+    weighed = (eps_hat - eps).square() * (0.2 ** 2 + (sigma / alpha) ** 2)
+    assert model(x, u, t, eps)["ddpm"].item() == pytest.approx(weighed.mean().item(), rel=1e-3)
+
+
+def test_a_residual_network_sees_the_offset_at_unit_size_and_no_unknown_time():
+    seen = []
+    model = stub(unet=lambda *inputs: seen.append(inputs) or torch.zeros(4, 6, 16, 16),
+                 predict="residual", typical=0.2)
+    x_hat = torch.randn((4, 3, 16, 16), generator=rng(3))
+    x = x_hat + 0.2 * torch.randn(x_hat.shape, generator=rng(4))
+    for t in (1e-4, 0.02, 0.3, 1.0):
+        t = torch.full((4,), t)
+        x_t, *_ = noised(x, t, torch.randn(x.shape, generator=rng(5)))
+        model.denoise(x_t, t, None, x_hat)
+        offset, told, _, _ = seen[-1]
+        assert offset.std().item() == pytest.approx(1, abs=0.05)
+        torch.testing.assert_close(told, t.clamp(max=0.4761), atol=1e-4, rtol=1e-3)
+
+
+def test_a_shut_gate_leaves_the_decoders_image():
+    x, _, t, eps = a_step()
     x_t, *_ = noised(x, t, eps)
-    torch.testing.assert_close(model.denoise(x_t, t, None, x), x_t, atol=0.01, rtol=0)
+    x_hat = torch.randn(x.shape, generator=rng(3))
+    shut = residual_stub(0.0, -60.0)
+    torch.testing.assert_close(shut.denoise(x_t, t, None, x_hat), x_hat)
+
+
+def test_without_images_for_decoder_and_unet_there_are_no_terms_of_theirs():
+    x, u, t, eps = a_step()
+    model = stub(decoder=lambda z: 1 / 0)                              # it is not called
+    assert set(model(x, u, t[:0], eps[:0], n_rec=0)) == {"kl", "contrast"}
 
 
 # ---- the point of u: a code that it identifies ----
@@ -529,7 +568,7 @@ def test_u_makes_the_latents_of_an_ivae_the_factors_and_a_shuffled_u_collapses_t
 
 
 def test_the_contrast_finds_the_factors_of_a_learned_prior_where_the_elbo_does_not():
-    learned = dict(prior="full", kl=1e-3, steps=400)
+    learned = dict(prior="full", kl=1e-4, steps=400)
     codes, _, factors = train_ivae(**learned, contrast=1.0)
     assert evaluate.mcc(codes, factors) > 0.9 and evaluate.mig(codes, factors) > 0.4
     codes, _, factors = train_ivae(**learned)
