@@ -322,7 +322,10 @@ class Head(nn.Module):
         self.patch = patch
         c_full = 8 + c_extra                                   # channels at full resolution
         self.conv = nn.Conv2d(c_in, 8 * patch**2, 3, padding=1)
-        self.full = nn.Conv2d(c_full, c_full, 3, padding=1)    # so that no patch borders show
+        self.full = nn.Sequential(                             # so that edges need no patches
+            nn.Conv2d(c_full, 16, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(16, c_full, 3, padding=1))
         self.mix = nn.Linear(c_emb, c_out * c_full)
 
     def forward(self, h, emb, *extra):
