@@ -5,7 +5,9 @@
     python train.py --paper --out runs/paper       # the paper's method at the same size
 """
 import argparse
+import hashlib
 import json
+import logging
 import math
 import os
 import shlex
@@ -17,6 +19,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import evaluate
-from idiff import (DATA_SETS, Config, IDiff, import_torchvision, load_checkpoint,
+from idiff import (DATA_SETS, Config, IDiff, import_torchvision, in_one_line, load_checkpoint,
                    load_data, pick_device, read_checkpoint, save_checkpoint, save_grid, script,
                    seeded_noise)
 
@@ -594,8 +597,8 @@ def run(args):
 def search_space(args):
     """{name: its values, or (low, high)}: the paper's Table 1 less what flags give, and --over."""
     kinds = {f.name: f.type for f in fields(Config)}
-    space = dict(GRID if args.search == "grid" else SPACE)
-    space = {name: values for name, values in space.items() if not hasattr(args, name)}
+    usual = GRID if args.search == "grid" else SPACE
+    space = {name: values for name, values in usual.items() if not hasattr(args, name)}
     for name, *values in args.over:
         name = name.replace("-", "_")
         if name not in kinds or not values:
@@ -607,19 +610,30 @@ def search_space(args):
 
 
 def open_study(args, out):
-    """The Optuna study in the folder out, or in --storage, which must not be of other flags."""
+    """The Optuna study of these flags, in the folder out or in --storage."""
     import optuna
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = args.storage
-    if not storage:
-        file = optuna.storages.journal.JournalFileBackend(os.path.join(out, "study.log"))
-        storage = optuna.storages.JournalStorage(file)
+    logging.getLogger("optuna.storages").setLevel("WARNING")   # who waits for a lock says so
 
+    # a study's name tells its flags; a folder holds the trials of one
     same = [(k, v) for k, v in sorted(vars(args).items()) if k not in WHERE]
-    name = str(same)[-500:]
-    others = set(optuna.get_all_study_names(storage)) - {name}
-    if others:
-        raise ValueError(f"'{args.storage or out}' holds a search by other flags.")
+    name = f"{args.search} {hashlib.sha256(str(same).encode()).hexdigest()[:16]}"
+    begun = any(Path(out).glob("trial-*"))
+
+    storage = args.storage
+    try:
+        if not storage:
+            path = os.path.abspath(f"{out}/study.log")         # the lock is a link to it
+            lock = Path(f"{path}.lock")
+            if lock.is_symlink() and not lock.exists():        # to nowhere: nobody's
+                lock.unlink()
+            file = optuna.storages.journal.JournalFileBackend(path)
+            storage = optuna.storages.JournalStorage(file)
+        names = optuna.get_all_study_names(storage)
+    except Exception as error:                             # of databases: many
+        raise ValueError(f"'{args.storage or out}' holds no studies: {in_one_line(error)}")
+    if begun and name not in names:
+        raise ValueError(f"'{out}' holds a search by other flags. Pass another --out.")
     return optuna.create_study(storage=storage, study_name=name, direction="maximize",
                                load_if_exists=True)
 
@@ -628,10 +642,8 @@ def revive_trials(study, out):
     """Queue again the trials whose worker was killed: running, but silent for 15 minutes."""
     from optuna.trial import TrialState
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        path = os.path.join(out, f"trial-{trial.number:03d}", "log.jsonl")
-        seen = trial.datetime_start.timestamp()
-        if os.path.exists(path):
-            seen = os.path.getmtime(path)
+        path = Path(f"{out}/trial-{trial.number:03d}/log.jsonl")
+        seen = path.stat().st_mtime if path.exists() else trial.datetime_start.timestamp()
         if time.time() - seen > 900:
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
@@ -644,8 +656,15 @@ def search(args):
                          "--resume and torchrun: its own command resumes it.")
     import optuna
     space = search_space(args)
+
+    # what would fail in every trial fails before the first; of a range both ends are tried
+    _, ivae, data, _, _ = prepare(args)
+    cells = list(product(*space.values()))
+    for cell in cells:
+        given = vars(args) | dict(zip(space, cell))
+        make_config(argparse.Namespace(**given), data, ivae)
     out = args.out or f"runs/search-{args.search}"
-    os.makedirs(out, exist_ok=True)
+    evaluate.try_folder(out)
 
     # the study, shared with other workers
     study = open_study(args, out)
@@ -655,7 +674,7 @@ def search(args):
     grid = args.search == "grid"
     if grid:
         study.sampler = optuna.samplers.GridSampler(space, seed=0)
-        n_trials = args.trials or math.prod(len(values) for values in space.values())
+        n_trials = args.trials or len(cells)
     else:
         study.sampler = optuna.samplers.TPESampler(constant_liar=True)
         n_trials = args.trials or 30
@@ -665,14 +684,17 @@ def search(args):
         waiting = study.get_trials(states=(optuna.trial.TrialState.WAITING,))
         if grid and not waiting and study.sampler.is_exhausted(study):
             break
-        study.optimize(lambda trial: run_trial(trial, args, out, space), 1, catch=Exception)
+        study.optimize(lambda trial: run_trial(trial, args, out, space), 1,
+                       catch=(ValueError, MemoryError, RuntimeError))
         write_trials(study, args, out, space)
     print(write_trials(study, args, out, space))
+    if all(trial.value is None for trial in study.trials):
+        raise ValueError("no trial was completed.")
 
 
 def run_trial(trial, args, out, space):
     """The objective: a run of its own in its own folder, and what evaluate.py says of it."""
-    folder = os.path.join(out, f"trial-{trial.number:03d}")
+    folder = f"{out}/trial-{trial.number:03d}"
     chosen = {}
     for name, values in space.items():
         if isinstance(values, list):
@@ -683,17 +705,19 @@ def run_trial(trial, args, out, space):
         elbo = run(argparse.Namespace(**{**vars(args), **chosen, "out": folder}))
         if args.objective == "elbo":
             return elbo
-        argv = [f"{folder}/ckpt.pt", "--no-dci", "--n", "10000"]
+        argv = ["--no-dci", "--n", "10000", "--", f"{folder}/ckpt.pt"]
         flags = evaluate.build_parser().parse_args(argv)
         report, parts = evaluate.report(flags.paths[0], flags)
         evaluate.write_report(report, parts, Path(folder))
         return report["metrics"]["mig"]
-    except (SystemExit, KeyboardInterrupt):
-        trial.study.enqueue_trial(trial.params)
-        raise KeyboardInterrupt("stopped. Go on by the same command.") from None
-    except Exception as error:
-        trial.set_user_attr("failed", " ".join(str(error).split()))
+    except (ValueError, MemoryError, RuntimeError) as error:   # the trial's own
+        trial.set_user_attr("failed", in_one_line(error))
         raise
+    except BaseException as error:                         # it runs again
+        trial.study.enqueue_trial(trial.params)
+        if isinstance(error, Exception):
+            raise
+        raise KeyboardInterrupt("stopped. Go on by the same command.") from None
 
 
 def write_trials(study, args, out, space):
@@ -715,14 +739,15 @@ def write_trials(study, args, out, space):
             rows.append([k, str(values), f"{best.params[k]!s:.9}", str(PAPER.get(k))])
         text += f"\nBest: {out}/trial-{best.number:03d}/ckpt.pt\n\n{evaluate.table(zip(*rows))}"
 
-        figure, axes = evaluate.panels(len(space), (6, 2.5))
-        for axis, k in zip(axes, space):
-            axis.scatter([trial.params[k] for trial in done], [trial.value for trial in done])
-            axis.set(xlabel=k, ylabel=args.objective)
-            if k == "kl":
-                axis.set_xscale("log")
-        figure.savefig(f"{out}/search.png", dpi=150)
-    Path(out, "trials.md").write_text(text)
+        with evaluate.drawing(Path(f"{out}/search.png")) as path:
+            figure, axes = evaluate.panels(len(space), (6, 2.5))
+            for axis, k in zip(axes, space):
+                axis.scatter([trial.params[k] for trial in done], [trial.value for trial in done])
+                axis.set(xlabel=k, ylabel=args.objective)
+                if k == "kl":
+                    axis.set_xscale("log")
+            figure.savefig(path, dpi=150)
+    Path(f"{out}/trials.md").write_text(text, "utf-8", "replace")
     return text
 
 
