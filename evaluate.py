@@ -12,9 +12,12 @@ Ridgeway 2018 (modularity), Kim 2018 (FactorVAE score).
 import argparse
 import json
 import os
+import sys
+import tempfile
 import warnings
 import zipfile
 from collections import defaultdict
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +27,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from idiff import (Config, Encoder, load_checkpoint, load_data, pick_device, seeded_noise, unpack_u,
-                   x0_from_eps)
+from idiff import (Config, Encoder, in_one_line, load_checkpoint, load_data, pick_device, script,
+                   seeded_noise, unpack_u, x0_from_eps)
 
 N_SCORES = 10_000           # rows of the standard, of all metrics but DCI
 N_DCI = 15_000              # two thirds of them train the trees
@@ -62,6 +65,40 @@ def build_parser():
     return parser
 
 
+# ---- What all scripts share ----
+
+class Lines:
+    """What tqdm writes, as plain lines for a file."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+
+def progress(iterable, desc=None, **options):
+    """tqdm's bar in a terminal; elsewhere a plain line every half minute."""
+    if not sys.stderr.isatty():
+        options.update(file=Lines(), mininterval=30, miniters=1, delay=30,
+                       bar_format="{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}")
+    return tqdm(iterable, desc, **options)
+
+
+def try_folder(folder):
+    """Make a folder; OSError if it, or a file in it, cannot be made."""
+    os.makedirs(folder, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def drawing(path):
+    """Around the drawing of a picture: if it fails, a line says that path is missing, no more."""
+    try:
+        yield path
+    except Exception as error:                   # many kinds, as of full disks
+        path.unlink(missing_ok=True)             # a part of it, or an older one
+        print(f"{path} is missing: {in_one_line(error)}", file=sys.stderr)
+
+
 # ---- Metrics ----
 
 def as_arrays(codes, factors):
@@ -84,10 +121,8 @@ def as_arrays(codes, factors):
         raise ValueError(f"{len(codes)} rows of codes, but {len(factors)} of factors.")
 
     # labels may be any numbers
-    labels = np.zeros(factors.shape, np.int64)
-    for j in range(factors.shape[1]):
-        _, labels[:, j] = np.unique(factors[:, j], return_inverse=True)
-    return codes.astype(np.float64), labels
+    labels = [np.unique(column, return_inverse=True)[1] for column in factors.T]
+    return codes.astype(np.float64), np.stack(labels, axis=1)
 
 
 def varying(factors):
@@ -110,9 +145,8 @@ def mean_of(values, metric, wanted="a varying factor"):
 
 def entropy(labels):
     """H of whole numbers from 0 on (N,), in nats."""
-    from scipy.special import entr               # -p log p, with 0 for p = 0
-    p = np.bincount(labels) / len(labels)
-    return entr(p).sum()
+    from scipy import stats
+    return stats.entropy(np.bincount(labels))
 
 
 def entropies(factors):
@@ -203,9 +237,9 @@ def modularity(codes, factors):
 
 def order_of_rows(importance):
     """1 less the entropy of each row, by its length, weighed by the row's share of the whole."""
-    p = importance + 1e-11                       # as the library does, for 0 log 0 is no number
-    p = p / p.sum(axis=1, keepdims=True)
-    order = 1 + (p * np.log(p)).sum(axis=1) / np.log(p.shape[1])
+    from scipy import stats
+    p = importance + 1e-11                       # as the library does, for rows of zeros
+    order = 1 - stats.entropy(p, base=p.shape[1], axis=1)
     weight = importance.sum(axis=1) / (importance.sum() or 1)
     return float(weight @ order)
 
@@ -245,11 +279,9 @@ def fit_trees(codes, factors, seed=0, label=None):
     n_factors = factors.shape[1]
     importance = np.zeros((codes.shape[1], n_factors))
     accuracies = np.zeros(n_factors)
-    if n_factors == 0:
-        return importance, accuracies
     jobs = [delayed(fit)(j) for j in np.argsort(-factors.max(axis=0))]
     fits = Parallel(-1, return_as="generator_unordered", prefer="threads")(jobs)
-    for j, column, accuracy in tqdm(fits, label, n_factors, unit="factor", disable=not label):
+    for j, column, accuracy in progress(fits, label, total=n_factors, disable=not label):
         importance[:, j] = column
         accuracies[j] = accuracy
     return importance, accuracies
@@ -273,16 +305,14 @@ def factorvae_score(codes, factors, seed=0, n_train=10_000, n_test=5_000, batch=
     if codes.size == 0 or len(varied) == 0:
         return mean_of(np.zeros(len(varied)), "FactorVAE score")
 
-    # the rows of each value of each factor
-    rows = [[np.flatnonzero(y == value) for value in range(y.max() + 1)] for y in factors.T]
-
     # each vote: a factor, a batch that shares its value, and the latent that varies least in it
     rng = np.random.default_rng(seed)
     factor = rng.choice(varied, n_train + n_test)
     latent = np.zeros_like(factor)
     for vote, j in enumerate(factor):
-        value = rng.integers(len(rows[j]))
-        same = rng.choice(rows[j][value], batch)
+        y = factors[:, j]
+        value = rng.integers(y.max() + 1)
+        same = rng.choice(np.flatnonzero(y == value), batch)
         latent[vote] = codes[same].var(axis=0).argmin()
 
     # each latent stands for the factor that most training votes give it
@@ -298,13 +328,10 @@ def factorvae_score(codes, factors, seed=0, n_train=10_000, n_test=5_000, batch=
 @torch.no_grad()
 def encode(model, data, rows, seed):
     """Means of q(z|x) and one sample of each, of the images in rows: (N, D) twice."""
-    means, logvars = [], []
-    for part in tqdm(rows.split(500), "encoding, 500 images each", disable=None, leave=False):
-        mean, logvar = model.encode(data.images(part))
-        means.append(mean.double().cpu())
-        logvars.append(logvar.double().cpu())
-    mean = torch.cat(means)
-    std = (0.5 * torch.cat(logvars)).exp()
+    parts = progress(rows.split(500), "encoding, 500 images each")
+    means, logvars = zip(*(model.encode(data.images(part)) for part in parts))
+    mean = torch.cat(means).double().cpu()
+    std = (0.5 * torch.cat(logvars).double().cpu()).exp()
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
     return mean.numpy(), (mean + std * noise).numpy()
 
@@ -348,8 +375,8 @@ def of_codes(path, args):
         with np.load(path, allow_pickle=False) as arrays:
             codes, factors = as_arrays(arrays["codes"], arrays["factors"])
     except Exception as error:                   # of zip, numpy, as_arrays: many
-        reason = " ".join(str(error).split())
-        raise ValueError(f"'{path}' needs the arrays codes and factors: {reason}") from None
+        raise ValueError(f"'{path}' needs the arrays codes and factors: "
+                         f"{in_one_line(error)}") from None
     if args.generate or args.data:
         raise ValueError(f"'{path}' holds codes: --generate and --data need a checkpoint.")
 
@@ -382,7 +409,7 @@ def train_reader(data, seed, steps=600):
 
     rows = torch.randperm(len(data)).to(data.device)
     n_test = min(len(data) // 10 + 1, 2000)
-    for _ in tqdm(range(steps), "training a classifier", disable=None, leave=False):
+    for _ in progress(range(steps), "training a classifier"):
         batch = rows[torch.randint(n_test, len(data), (128,))]
         x = data.images(batch)
         y = data.factors(batch)[:, data.varied]
@@ -471,7 +498,7 @@ def generation(model, data, rows, codes, args):
 
     found = defaultdict(list, classifier=[limit[None]])
     batches = torch.arange(len(y)).split(10)
-    for ids in tqdm(batches, "generating, 10 images each", disable=None, leave=False):
+    for ids in progress(batches, "generating, 10 images each"):
         x = data.images(rows[ids])
         noise = seeded_noise([args.seed + i for i in ids.tolist()], x.shape[1:], x.device)
         images, errors = draw_images(model, z[:, ids], x, noise)
@@ -576,10 +603,10 @@ def read_report(path, args):
             raise ValueError(f"'{path}' is a report already: --{name.replace('_', '-')} needs the "
                              "checkpoint.")
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text("utf-8"))
         format_report(result)
     except Exception as error:                   # of json, or of whatever is missing: many
-        reason = " ".join(f"{type(error).__name__}, {error}".split())
+        reason = f"{type(error).__name__}, {in_one_line(error)}"
         raise ValueError(f"'{path}' is no report of evaluate.py, or is damaged: {reason}. Make it "
                          "again of the checkpoint.") from None
     return result
@@ -606,11 +633,11 @@ def report(path, args, load=load_data):
 
 def write_report(result, s, folder):
     """metrics.json and pictures, in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw_latents(result, s).savefig(folder / "latents.png", dpi=150)
-    draw_factors(s).savefig(folder / "factors.png", dpi=150)
-    draw_information(result, s).savefig(folder / "information.png", dpi=150)
+    (folder / "metrics.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    pictures = {"latents": draw_latents, "factors": draw_factors, "information": draw_information}
+    for name, draw in pictures.items():
+        with drawing(folder / f"{name}.png") as picture:
+            draw(result, s).savefig(picture, dpi=150)
 
 
 def table(columns):
@@ -728,8 +755,7 @@ def panels(n, size=(6, 1.6)):
 def draw_latents(r, s):
     """Histograms of samples of each latent, coloured by the factor it knows most of."""
     from matplotlib import colormaps
-    share = np.array(r["mi_over_h"], float)      # None is NaN
-    share = np.nan_to_num(share)
+    share = np.nan_to_num(np.array(r["mi_over_h"], float))     # None is NaN
     figure, axes = panels(len(share))
     for i, ax in enumerate(axes):
         j = share[i].argmax()
@@ -747,7 +773,7 @@ def draw_latents(r, s):
     return figure
 
 
-def draw_factors(s):
+def draw_factors(r, s):
     """Share of each value of each factor, over the grid and in modulated draws."""
     figure, axes = panels(len(s["names"]))
     for j, ax in enumerate(axes):
@@ -783,29 +809,29 @@ def run(args):
     many = len(args.paths) > 1
     results = []
     for path in args.paths:
+        folder = path.parent if many else args.out or path.parent
+        if path.exists() and holds(path) != "report":
+            try_folder(folder)
         result, s = report(path, args, load)
         results.append(result)
         if not many:
             print(format_report(result), flush=True)
-        if s is not None:                        # pictures last: the numbers are out
-            write_report(result, s, path.parent if many else args.out or path.parent)
+        if s:                                    # pictures last: the numbers are out
+            write_report(result, s, folder)
 
     if many:
         text = format_tables(results)
         print(text, flush=True)
         parents = [path.resolve().parent for path in args.paths]
         folder = args.out or Path(os.path.commonpath(parents))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tables.md").write_text(text, encoding="utf-8")
+        try_folder(folder)
+        (folder / "tables.md").write_text(text, "utf-8", "replace")
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    warnings.simplefilter("once")
-    try:
-        run(args)
-    except (ImportError, OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
-        raise SystemExit(f"evaluate.py: {' '.join(str(error).split())}") from None
+    with script("evaluate.py", "--n"), warnings.catch_warnings():
+        warnings.simplefilter("once")
+        run(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ of a factor, N images, S sampler steps. Images lie in [-1, 1].
 import json
 import math
 import os
-import textwrap
+import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -44,7 +45,7 @@ Distribution.set_default_validate_args(False)
 
 # ---- Configuration ----
 
-def option(default, help, choices=None, least=0, below=math.inf):
+def option(default, help, choices=None, least=0, below=1e15):
     """A dataclass field, also a flag with this help; of choices, or in [least, below)."""
     metadata = {"help": help, "choices": choices, "least": least, "below": below}
     return field(default=default, metadata=metadata)
@@ -404,27 +405,27 @@ def numbers_per_latent(cfg):
     return 2 if cfg.latent == "gaussian" else cfg.categories
 
 
-class StandardPrior(nn.Module):
-    """N(0, 1) for every latent, or equal chances, whatever u is: a VAE's prior."""
+class Prior(nn.Module):
+    """p(z|u): u (B, U) -> a distribution over (B, D), by forward of each class below."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+
+
+class StandardPrior(Prior):
+    """N(0, 1) for every latent, or equal chances, whatever u is: a VAE's prior."""
 
     def forward(self, u):
         nothing = torch.zeros(len(u), 0, numbers_per_latent(self.cfg), device=u.device)
         return prior_distribution(self.cfg, nothing)
 
 
-class KnownPrior(nn.Module):
+class KnownPrior(Prior):
     """z_i ~ N(m_i, s_i^2), factor i's own centre and scale read off u; nothing is learned.
 
     Categories get that density at L places over [-1, 1]. Latents without a factor: N(0, 1).
     """
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
 
     def forward(self, u):
         log_s, m = unpack_u(u, self.cfg)
@@ -439,15 +440,14 @@ class KnownPrior(nn.Module):
         return prior_distribution(self.cfg, h)
 
 
-class DiagonalPrior(nn.Module):
+class DiagonalPrior(Prior):
     """A small network per latent i, which sees factor i's own scale and centre alone.
 
     Latents without a factor: N(0, 1).
     """
 
     def __init__(self, cfg, hidden=64):
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg)
         self.n = min(cfg.n_factors, cfg.latent_dim)            # networks, as groups of channels
         h = self.n * hidden
         n_out = self.n * numbers_per_latent(cfg)
@@ -469,7 +469,7 @@ class DiagonalPrior(nn.Module):
         return prior_distribution(self.cfg, h)
 
 
-class FullPrior(nn.Module):
+class FullPrior(Prior):
     """One network over all of u for the means and log-variances of all latents: the paper's.
 
     A linear map of u, and a small network beside it that starts at 0. The map is random and
@@ -477,8 +477,7 @@ class FullPrior(nn.Module):
     """
 
     def __init__(self, cfg, hidden=128):
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg)
         numbers = numbers_per_latent(cfg)
         self.linear = nn.Linear(cfg.u_dim, cfg.latent_dim * numbers)
         self.net = nn.Sequential(
@@ -948,10 +947,9 @@ def read_checkpoint(path, device="cpu"):
         content = torch.load(path, map_location=device, weights_only=True)     # runs no code
         check_content(content)
     except Exception as error:                                 # many kinds, none the user's
-        text = " ".join(f"{type(error).__name__}, {error}".split(". ")[0].split())
-        reason = textwrap.shorten(text, 200, placeholder=" ...").rstrip(".")
-        raise ValueError(f"'{path}' is not an iDiff checkpoint of this version, or is damaged: "
-                         f"{reason}. Train it again, pass another or, if a file of your own "
+        reason = f"{type(error).__name__}, {in_one_line(error)}".split(". ")[0]
+        raise ValueError(f"'{path}' is not an iDiff checkpoint of this version, or is damaged "
+                         f"({reason}). Train it again, pass another or, if a file of your own "
                          "changes idiff, go through that.") from None
     return content
 
@@ -973,9 +971,18 @@ def pick_device(name=None, index=None):
         device = torch.device(name, index) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).cpu()                    # the only sure way to know
         return device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used: {reason}. Try --device cpu.") from None
+    except Exception as error:                                 # of torch: many
+        raise ValueError(f"--device {name} cannot be used: {in_one_line(error)}. Try --device "
+                         "cpu.") from None
+
+
+def read_number(path, word=None):
+    """The whole number that follows a word in a file of the system; inf if there is none."""
+    try:
+        after = Path(path).read_text().split(word, 1)[-1]
+        return int(after.split()[0])
+    except (OSError, ValueError, IndexError):
+        return math.inf
 
 
 def check_memory(need, device=torch.device("cpu")):
@@ -983,9 +990,14 @@ def check_memory(need, device=torch.device("cpu")):
     free = math.inf
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-    elif device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        _, _, after = Path("/proc/meminfo").read_text().partition("MemAvailable:")
-        free = 1024 * int(after.split()[0])                    # which counts in kB
+    elif device.type == "cpu":
+        free = 1024 * read_number("/proc/meminfo", "MemAvailable:")            # it counts in kB
+
+        # a container's own limit, by cgroups of version 2 or 1; files in memory make room
+        for limit, used in (("/sys/fs/cgroup/memory.max", "anon"),
+                            ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "total_rss")):
+            in_use = read_number(Path(limit).with_name("memory.stat"), used)
+            free = min(free, read_number(limit) - in_use)      # not where that is inf - inf
     if need > 0.9 * free:
         raise MemoryError(f"it needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
                           f"free on {device}. Free some, or take a smaller file.")
@@ -1110,8 +1122,7 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
         return load_file(name, device, progress)
     except Exception as error:                                 # of zip, h5, pickle: many
         kind = MemoryError if isinstance(error, MemoryError) else ValueError
-        reason = " ".join(str(error).split())[:200]
-        raise kind(f"'{name}' cannot be used as data: {reason}") from None
+        raise kind(f"'{name}' cannot be used as data: {in_one_line(error)}") from None
 
 
 def load_file(path, device, progress):
@@ -1190,6 +1201,35 @@ def first_present(arrays, names):
             return name
 
 
+# ---- Scripts ----
+
+def in_one_line(error):
+    """What an error says, in at most 400 characters; Ctrl-C says nothing."""
+    return " ".join(str(error).split())[:400] or "stopped"
+
+
+@contextmanager
+def script(name, less):
+    """Around a script's main: input that is wrong, Ctrl-C and full memory end it in one line.
+
+    less: the flag that asks for less memory.
+    """
+    if hasattr(sys.stdout, "reconfigure"):                     # notebooks have one of their own
+        sys.stdout.reconfigure(errors="replace")               # a terminal may know no "²"
+    try:
+        yield
+    except (KeyboardInterrupt, ImportError, OSError, ValueError, MemoryError,
+            RuntimeError) as error:
+        text = in_one_line(error)
+        if "allocate" in text:                                 # of torch and numpy
+            text = f"out of memory: {text}. Free some, or try a smaller {less}."
+        elif isinstance(error, RuntimeError):
+            raise
+        if isinstance(error, ImportError):
+            text += ". Try: pip install -r requirements.txt"
+        sys.exit(f"{name}: {text}")
+
+
 # ---- Pictures ----
 
 def import_torchvision():
@@ -1199,9 +1239,8 @@ def import_torchvision():
         import torchvision.transforms.v2
         return torchvision
     except Exception as error:                                 # torch's RuntimeError, too
-        reason = " ".join(str(error).split())[:150]
-        raise ImportError(f"torchvision cannot be used ({reason}). Install it and torch "
-                          "together: pip install --upgrade torch torchvision") from None
+        raise ImportError(f"torchvision cannot be used ({in_one_line(error)}). Install it and "
+                          "torch together: pip install --upgrade torch torchvision") from None
 
 
 def save_grid(file, images, rows, columns):
@@ -1348,11 +1387,11 @@ def render_room(eyes, rays, half=2.7):
 
 def floor_light(p, shape):
     """Share of light (M) that reaches floor points p (3, M): soft shadow times contact."""
-    clearance = []
+    seen = torch.ones(p.shape[1])
     for t in torch.linspace(0.05, 2.0, 12):
         distance, _ = shape_distance(p + t * LIGHT, shape)
-        clearance.append(distance / (0.3 * t))
-    seen = torch.stack(clearance).amin(dim=0).clamp(0, 1)
+        seen = torch.minimum(seen, distance / (0.3 * t))
+    seen = seen.clamp(min=0)
     smooth = seen * seen * (3 - 2 * seen)
 
     distance, _ = shape_distance(p, shape)

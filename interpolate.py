@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from evaluate import as_arrays, entropies, match, mutual_information
+from evaluate import (as_arrays, drawing, entropies, match, mutual_information, progress,
+                      try_folder)
 from idiff import (SAMPLERS, import_torchvision, invert, load_checkpoint, load_data, pick_device,
-                   save_grid, seeded_noise, time_grid)
+                   save_grid, script, seeded_noise, time_grid)
 
 
 def build_parser():
@@ -135,7 +135,7 @@ def render(model, z, start, args, keeps_noise=False):
     start = start.expand(len(z), *start.shape[1:])
     batches = list(zip(z.split(10), start.split(10)))
     parts = []
-    for part, begin in tqdm(batches, "diffusion, 10 images each", disable=None, leave=False):
+    for part, begin in progress(batches, "diffusion, 10 images each"):
         if keeps_noise:
             sampler = SAMPLERS[args.sampler]
             x = sampler(model.eps_fn(part), begin, ts, model.sde).clamp(-1, 1)
@@ -176,8 +176,10 @@ def traverse(model, codes, z, start, names, args, kind):
     rows = [f"{name}\n{a:.2f} to {b:.2f}" for name, a, b in zip(names.values(), low, high)]
     columns = ["2 % quantile", *[""] * (n - 2), "98 % quantile"]
     for network, images in pictures.items():
-        save_grid(args.out / f"{kind}_{network}.png", images, rows, columns)
-    write_gif(args.out / f"{kind}.gif", pictures, names, n)
+        with drawing(args.out / f"{kind}_{network}.png") as file:
+            save_grid(file, images, rows, columns)
+    with drawing(args.out / f"{kind}.gif") as file:
+        write_gif(file, pictures, names, n)
 
 
 def write_gif(file, pictures, names, n):
@@ -194,8 +196,8 @@ def write_gif(file, pictures, names, n):
     pages[0].save(file, save_all=True, append_images=pages[1:], duration=120, loop=0)
 
 
-def draw_true_factors(data, row, args):
-    """true_factors.png: the data's images that differ from one row's in a single factor."""
+def draw_true_factors(file, data, row, columns):
+    """A grid of the data's images that differ from one row's in a single factor."""
     # which factors of each image are those of the row
     everything = torch.arange(len(data), device=data.device)
     factors = data.factors(everything).cpu().numpy()
@@ -203,18 +205,18 @@ def draw_true_factors(data, row, args):
     varied = data.varied.tolist()
 
     # of each factor an image a value; a row with fewer values ends in white
-    grid = torch.ones(len(varied), args.columns, *data.image_shape)            # white
+    grid = torch.ones(len(varied), columns, *data.image_shape)            # white
     for k, images in zip(varied, grid):
         others_same = np.delete(same, k, axis=1).all(axis=1)
         rows = np.flatnonzero(others_same)
         _, first = np.unique(factors[rows, k], return_index=True)
-        n = min(args.columns, len(first))
+        n = min(columns, len(first))
         shown = np.linspace(0, len(first) - 1, n).round().astype(int)
         chosen = torch.from_numpy(rows[first[shown]])
         images[:n] = data.images(chosen.to(data.device))
 
     labels = [f"{data.factor_names[k]}\n{data.factor_sizes[k]} values" for k in varied]
-    save_grid(args.out / "true_factors.png", grid.flatten(0, 1), labels, [""] * args.columns)
+    save_grid(file, grid.flatten(0, 1), labels, [""] * columns)
 
 
 def edit(kind, model, data, codes, names, args):
@@ -252,7 +254,8 @@ def edit(kind, model, data, codes, names, args):
     for row in pictures.values():
         images += [x[:1], row, x[1:]]
     titles = ["A", *titles, *["B"] * (len(x) - 1)]
-    save_grid(args.out / f"{kind}.png", torch.cat(images), list(pictures), titles)
+    with drawing(args.out / f"{kind}.png") as file:
+        save_grid(file, torch.cat(images), list(pictures), titles)
 
 
 def run(args):
@@ -266,9 +269,9 @@ def run(args):
     device = pick_device(args.device)
     model = load_checkpoint(args.checkpoint, device)
     args.out = args.out or Path(args.checkpoint).parent
-    args.out.mkdir(parents=True, exist_ok=True)
+    try_folder(args.out)
     data_arg = args.data or str(model.info.get("data_arg", f"that of {args.checkpoint}"))
-    data = load_data(data_arg, device, tqdm)
+    data = load_data(data_arg, device, progress)
 
     # what the latents are called
     rows, codes, names = survey(model, data, args.seed)
@@ -283,17 +286,15 @@ def run(args):
     for kind in kinds:
         edit(kind, model, data, codes, names, args)
     if not kinds:
-        draw_true_factors(data, rows[0].item(), args)
+        with drawing(args.out / "true_factors.png") as file:
+            draw_true_factors(file, data, rows[0].item(), args.columns)
         start = seeded_noise([args.seed], data.image_shape, device)()
         traverse(model, codes, codes[:1], start, names, args, "traversal")
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except (ImportError, OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
-        raise SystemExit(f"interpolate.py: {' '.join(str(error).split())}") from None
+    with script("interpolate.py", "--columns"):
+        run(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

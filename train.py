@@ -5,14 +5,21 @@
     python train.py --paper --out runs/paper       # the paper's method at the same size
 """
 import argparse
+import hashlib
 import json
+import logging
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,11 +27,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import evaluate
-from idiff import (DATA_SETS, VPSDE, Config, IDiff, import_torchvision, load_checkpoint, load_data,
-                   pick_device, read_checkpoint, save_checkpoint, save_grid, seeded_noise)
+from idiff import (DATA_SETS, VPSDE, Config, IDiff, import_torchvision, in_one_line,
+                   load_checkpoint, load_data, pick_device, read_checkpoint, save_checkpoint,
+                   save_grid, script, seeded_noise)
 
 EPOCH = 480_000             # draws
 SIZES = {"small": {},
@@ -171,29 +178,36 @@ def check_fit(cfg, data, args):
                          "evenly, got {}, {} and {}.".format(*shared))
 
 
-def holds_run(folder):
-    return any(os.path.exists(os.path.join(folder, name)) for name in ("log.jsonl", "ckpt.pt"))
+def claim(folder):
+    """Whether the folder, made if need be, is this run's: of two at once one makes its log."""
+    os.makedirs(folder, exist_ok=True)
+    if os.path.exists(f"{folder}/ckpt.pt"):
+        return False
+    try:
+        open(f"{folder}/log.jsonl", "x").close()
+    except FileExistsError:
+        return False
+    return True
 
 
 def make_folder(out, cfg):
-    """The run's folder, made; an explicit --out must not hold a run already."""
-    if out and holds_run(out):
-        raise ValueError(f"'{out}' already holds a run. Pass another --out, delete it, or go "
-                         f"on with it: --resume {out}/ckpt.pt")
-    if not out:
-        first = out = f"runs/{cfg.model}-s{cfg.seed}"
-        n = 1
-        while holds_run(out):
-            n += 1
-            out = f"{first}-{n}"
-    os.makedirs(out, exist_ok=True)
-    return out
+    """The run's folder, claimed; an explicit --out must not hold a run already."""
+    first = f"runs/{cfg.model}-s{cfg.seed}"
+    folder = out or first
+    n = 1
+    while not claim(folder):
+        if out:
+            raise ValueError(f"'{out}' already holds a run. Pass another --out, delete it, or go "
+                             f"on with it: --resume {shlex.quote(out + '/ckpt.pt')}")
+        n += 1
+        folder = f"{first}-{n}"
+    return folder
 
 
 def provenance(args, data, data_arg):
     """What a checkpoint says of its origin."""
-    commit = subprocess.run("git rev-parse --short HEAD", shell=True, text=True,
-                            capture_output=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+    commit = subprocess.run("git rev-parse --short HEAD", shell=True, errors="replace",
+                            capture_output=True, cwd=Path(__file__).parent)
     return {"data": data.name,
             "data_arg": data_arg,
             "size": args.size or "small",
@@ -208,13 +222,13 @@ def log(out, record):
 
     record: {"config": dict} first; {"step": int, a float per term, ...}; last the validation's.
     """
-    with open(os.path.join(out, "log.jsonl"), "a") as file:
+    with open(f"{out}/log.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_log(out):
     """The records of log.jsonl that are whole; a crash may have cut one short."""
-    path = Path(out, "log.jsonl")
+    path = Path(f"{out}/log.jsonl")
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
@@ -229,7 +243,7 @@ def read_log(out):
 def start_log(out, cfg, first_step):
     """Begin log.jsonl with the config; of a resumed run's keep what came before first_step."""
     records = read_log(out)
-    path = Path(out, "log.jsonl")
+    path = Path(f"{out}/log.jsonl")
     path.write_text("")
     log(out, {"config": asdict(cfg)})
     with open(path, "a") as file:
@@ -427,26 +441,41 @@ def train_step(cfg, model, ema, optimizers, batch, step):
 
 # ---- The run ----
 
+@contextmanager
+def stop_signals():
+    """A list, empty until Ctrl-C or SIGTERM; these do no more, for a run ends after a whole step.
+
+    What they did before they do again afterwards: a notebook may have handlers of its own.
+    """
+    stop = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # only it may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda *_: stop.append(True))
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(cfg, data, out, args, parts, first_step):
     """Train from first_step to cfg.steps, logging and saving into the folder out."""
     model, ema, optimizers = parts
-    path = os.path.join(out, "ckpt.pt")
+    path = f"{out}/ckpt.pt"
     started = time.time()
 
     ranked = model
     if WORLD > 1:                                          # frozen parts and terms of no weight
         ranked = DistributedDataParallel(model, find_unused_parameters=True)
 
-    stop = []                                              # Ctrl-C ends after a whole step
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-
-    with tqdm(total=cfg.steps * cfg.batch_size, initial=first_step * cfg.batch_size,
-              unit=" images", unit_scale=True, disable=RANK > 0) as bar:
-        for step in range(first_step, cfg.steps):
+    steps = range(first_step, cfg.steps)
+    bar = evaluate.progress(steps, "step", initial=first_step, total=cfg.steps, disable=RANK > 0)
+    with stop_signals() as stop, bar:
+        for step in bar:
             batch = draw_batch(cfg, data, step)
             numbers = train_step(cfg, ranked, ema, optimizers, batch, step)
             done = step + 1
-            bar.update(cfg.batch_size)
 
             stopping = any_rank(bool(stop))
             saving = done % args.save_every == 0 or done == cfg.steps or stopping
@@ -458,8 +487,7 @@ def train(cfg, data, out, args, parts, first_step):
                                      "float32.")
                 if RANK == 0:
                     log(out, {"step": done, **record, "seconds": round(time.time() - started, 2)})
-                shown = ("ddpm", "rec", "kl", "contrast")
-                bar.set_postfix({k: record[k] for k in shown if k in record})
+                bar.set_postfix(record, refresh=False)
 
             if saving and RANK == 0:
                 save_checkpoint(path, model, ema.module, config=asdict(cfg), step=done,
@@ -467,8 +495,8 @@ def train(cfg, data, out, args, parts, first_step):
                                 optimizers=[each.state_dict() for each in optimizers])
             if stopping:
                 barrier()                                  # rank 0 has saved: all end
-                sys.exit(0 if RANK else f"saved. Go on with: {command('train')} --resume {path}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+                sys.exit(0 if RANK else
+                         f"saved. Go on with: {command('train')} --resume {shlex.quote(path)}")
 
 
 @torch.no_grad()
@@ -507,20 +535,19 @@ def describe(cfg, data, device, model):
             f"parameters; {cfg.steps} steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs")
 
 
-def draw_losses(out):
+def draw_losses(path, records):
     """losses.png: each term by step."""
     from matplotlib.figure import Figure
-    records = read_log(out)
     figure = Figure((13, 2.8), layout="constrained")
     for axis, name in zip(figure.subplots(1, 4), ("ddpm", "rec", "kl", "contrast")):
         points = [(r["step"], r[name]) for r in records if name in r]
-        axis.plot([step for step, _ in points], [value for _, value in points], lw=0.8)
+        axis.plot(*zip(*points), lw=0.8)
         axis.set(title=name, xlabel="step", yscale="linear" if name == "contrast" else "log")
-    figure.savefig(os.path.join(out, "losses.png"), dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 @torch.no_grad()
-def draw_samples(out, model, data, n=10):
+def draw_samples(path, model, data, n=10):
     """samples.png: images, redrawn by decoder and diffusion."""
     rows = torch.arange(n, device=data.device) * 7919 * 31 % len(data)         # a mixture
     x = data.images(rows)
@@ -529,7 +556,6 @@ def draw_samples(out, model, data, n=10):
     if model.unet is not None:
         start = seeded_noise(range(n), x.shape[1:], x.device)()
         pictures["diffusion"] = model.sample(z, start)
-    path = os.path.join(out, "samples.png")
     save_grid(path, torch.cat(list(pictures.values())), list(pictures), [""] * n)
 
 
@@ -537,8 +563,8 @@ def command(script):
     """How to call a script: through the user's own file, if it stands here and started this run."""
     own = Path(sys.argv[0]).resolve()
     here = Path(__file__).resolve()
-    if own.parent == here.parent and own.name != here.name:
-        return f"python {own.name} {script}"
+    if own != here and own in here.parent.glob("*.py"):
+        return f"python {shlex.quote(own.name)} {script}"
     return f"python {script}.py"
 
 
@@ -548,15 +574,21 @@ def finish(cfg, data, out, ema):
     result = validate(cfg, model, data)
     log(out, {"step": cfg.steps, **{f"validation {k}": v for k, v in result.items()}})
     print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
-          f"KL {result['kl']:.1f} nats), averaged weights, 4,096 modulated draws")
-    draw_losses(out)
-    draw_samples(out, model, data)
-    print(f"Next:\n  {command('evaluate')} {out}/ckpt.pt\n  {command('interpolate')} {out}/ckpt.pt")
+          f"KL {result['kl']:.1f} nats), averaged weights, 4,096 modulated draws", flush=True)
+    with evaluate.drawing(Path(f"{out}/losses.png")) as path:
+        draw_losses(path, read_log(out))
+    with evaluate.drawing(Path(f"{out}/samples.png")) as path:
+        draw_samples(path, model, data)
+    path = shlex.quote(f"{out}/ckpt.pt")
+    print(f"Next:\n  {command('evaluate')} {path}\n  {command('interpolate')} {path}")
     return result["elbo"]
 
 
-def run(args):
-    """One run, from its first line to its last; its ELBO on rank 0."""
+def prepare(args):
+    """What a run is made of: content of --resume, a frozen iVAE, data, config and provenance.
+
+    ValueError, OSError or ImportError where the input is wrong; nothing is made yet.
+    """
     device = pick_device(args.device, LOCAL_RANK)
     import_torchvision()                                   # pictures need it, at the end
 
@@ -572,9 +604,9 @@ def run(args):
 
     # data
     data_arg = args.data or str(before.get("data_arg", "shapes3d"))
-    data = load_data(data_arg, device, lambda rows, **bar: tqdm(rows, disable=RANK > 0, **bar))
+    data = load_data(data_arg, device, partial(evaluate.progress, disable=RANK > 0))
 
-    # config and folder, which is made once nothing can be wrong with the flags
+    # config
     if content:
         cfg = Config(**content["config"])
         info = content["info"]
@@ -582,9 +614,15 @@ def run(args):
         cfg = make_config(args, data, ivae)
         info = provenance(args, data, data_arg)
     check_fit(cfg, data, args)
-    out = os.path.dirname(args.resume) or "." if content else make_folder(args.out, cfg)
+    return content, ivae, data, cfg, info
+
+
+def run(args):
+    """One run, from its first line to its last; its ELBO on rank 0."""
+    content, ivae, data, cfg, info = prepare(args)
 
     # model
+    device = data.device
     model, ema, optimizers = build(cfg, device, ivae)
     model.info = info
     first_step = 0
@@ -593,13 +631,15 @@ def run(args):
             first_step = restore(content, model, ema, optimizers)
         except Exception as error:                         # of torch: many
             reason = f"{type(error).__name__}, {error}"
-            raise ValueError(f"'{args.resume}' holds no state to resume from: {reason}") from None
+            raise ValueError(f"'{args.resume}' holds no state to resume from: {reason}")
 
-    # loop
-    barrier()                                              # all ranks have found the folder free
-    if RANK == 0:
+    # folder, once nothing can be wrong, and loop
+    out = ""
+    if RANK == 0:                                          # no other writes
+        out = os.path.dirname(args.resume) or "." if content else make_folder(args.out, cfg)
         start_log(out, cfg, first_step)
         print(describe(cfg, data, device, model), flush=True)
+    barrier()                                              # rank 0 has found it free
     train(cfg, data, out, args, (model, ema, optimizers), first_step)
     if RANK == 0:
         return finish(cfg, data, out, ema)
@@ -610,8 +650,8 @@ def run(args):
 def search_space(args):
     """{name: its values, or (low, high)}: the paper's Table 1 less what flags give, and --over."""
     kinds = {f.name: f.type for f in fields(Config)}
-    space = dict(GRID if args.search == "grid" else SPACE)
-    space = {name: values for name, values in space.items() if not hasattr(args, name)}
+    usual = GRID if args.search == "grid" else SPACE
+    space = {name: values for name, values in usual.items() if not hasattr(args, name)}
     for name, *values in args.over:
         name = name.replace("-", "_")
         if name not in kinds or not values:
@@ -623,19 +663,30 @@ def search_space(args):
 
 
 def open_study(args, out):
-    """The Optuna study in the folder out, or in --storage, which must not be of other flags."""
+    """The Optuna study of these flags, in the folder out or in --storage."""
     import optuna
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = args.storage
-    if not storage:
-        file = optuna.storages.journal.JournalFileBackend(os.path.join(out, "study.log"))
-        storage = optuna.storages.JournalStorage(file)
+    logging.getLogger("optuna.storages").setLevel("WARNING")   # who waits for a lock says so
 
+    # a study's name tells its flags; a folder holds the trials of one
     same = [(k, v) for k, v in sorted(vars(args).items()) if k not in WHERE]
-    name = str(same)[-500:]
-    others = set(optuna.get_all_study_names(storage)) - {name}
-    if others:
-        raise ValueError(f"'{args.storage or out}' holds a search by other flags.")
+    name = f"{args.search} {hashlib.sha256(str(same).encode()).hexdigest()[:16]}"
+    begun = any(Path(out).glob("trial-*"))
+
+    storage = args.storage
+    try:
+        if not storage:
+            path = os.path.abspath(f"{out}/study.log")         # the lock is a link to it
+            lock = Path(f"{path}.lock")
+            if lock.is_symlink() and not lock.exists():        # to nowhere: nobody's
+                lock.unlink()
+            file = optuna.storages.journal.JournalFileBackend(path)
+            storage = optuna.storages.JournalStorage(file)
+        names = optuna.get_all_study_names(storage)
+    except Exception as error:                             # of databases: many
+        raise ValueError(f"'{args.storage or out}' holds no studies: {in_one_line(error)}")
+    if begun and name not in names:
+        raise ValueError(f"'{out}' holds a search by other flags. Pass another --out.")
     return optuna.create_study(storage=storage, study_name=name, direction="maximize",
                                load_if_exists=True)
 
@@ -644,10 +695,8 @@ def revive_trials(study, out):
     """Queue again the trials whose worker was killed: running, but silent for 15 minutes."""
     from optuna.trial import TrialState
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        path = os.path.join(out, f"trial-{trial.number:03d}", "log.jsonl")
-        seen = trial.datetime_start.timestamp()
-        if os.path.exists(path):
-            seen = os.path.getmtime(path)
+        path = Path(f"{out}/trial-{trial.number:03d}/log.jsonl")
+        seen = path.stat().st_mtime if path.exists() else trial.datetime_start.timestamp()
         if time.time() - seen > 900:
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
@@ -660,8 +709,15 @@ def search(args):
                          "--resume and torchrun: its own command resumes it.")
     import optuna
     space = search_space(args)
+
+    # what would fail in every trial fails before the first; of a range both ends are tried
+    _, ivae, data, _, _ = prepare(args)
+    cells = list(product(*space.values()))
+    for cell in cells:
+        given = vars(args) | dict(zip(space, cell))
+        make_config(argparse.Namespace(**given), data, ivae)
     out = args.out or f"runs/search-{args.search}"
-    os.makedirs(out, exist_ok=True)
+    evaluate.try_folder(out)
 
     # the study, shared with other workers
     study = open_study(args, out)
@@ -671,7 +727,7 @@ def search(args):
     grid = args.search == "grid"
     if grid:
         study.sampler = optuna.samplers.GridSampler(space, seed=0)
-        n_trials = args.trials or math.prod(len(values) for values in space.values())
+        n_trials = args.trials or len(cells)
     else:
         study.sampler = optuna.samplers.TPESampler(constant_liar=True)
         n_trials = args.trials or 30
@@ -681,14 +737,17 @@ def search(args):
         waiting = study.get_trials(states=(optuna.trial.TrialState.WAITING,))
         if grid and not waiting and study.sampler.is_exhausted(study):
             break
-        study.optimize(lambda trial: run_trial(trial, args, out, space), 1, catch=Exception)
+        study.optimize(lambda trial: run_trial(trial, args, out, space), 1,
+                       catch=(ValueError, MemoryError, RuntimeError))
         write_trials(study, args, out, space)
     print(write_trials(study, args, out, space))
+    if all(trial.value is None for trial in study.trials):
+        raise ValueError("no trial was completed.")
 
 
 def run_trial(trial, args, out, space):
     """The objective: a run of its own in its own folder, and what evaluate.py says of it."""
-    folder = os.path.join(out, f"trial-{trial.number:03d}")
+    folder = f"{out}/trial-{trial.number:03d}"
     chosen = {}
     for name, values in space.items():
         if isinstance(values, list):
@@ -699,17 +758,19 @@ def run_trial(trial, args, out, space):
         elbo = run(argparse.Namespace(**{**vars(args), **chosen, "out": folder}))
         if args.objective == "elbo":
             return elbo
-        argv = [f"{folder}/ckpt.pt", "--no-dci", "--n", "10000"]
+        argv = ["--no-dci", "--n", "10000", "--", f"{folder}/ckpt.pt"]
         flags = evaluate.build_parser().parse_args(argv)
         report, parts = evaluate.report(flags.paths[0], flags)
         evaluate.write_report(report, parts, Path(folder))
         return report["metrics"]["mig"]
-    except (SystemExit, KeyboardInterrupt):
-        trial.study.enqueue_trial(trial.params)
-        raise KeyboardInterrupt("stopped. Go on by the same command.") from None
-    except Exception as error:
-        trial.set_user_attr("failed", " ".join(str(error).split()))
+    except (ValueError, MemoryError, RuntimeError) as error:   # the trial's own
+        trial.set_user_attr("failed", in_one_line(error))
         raise
+    except BaseException as error:                         # it runs again
+        trial.study.enqueue_trial(trial.params)
+        if isinstance(error, Exception):
+            raise
+        raise KeyboardInterrupt("stopped. Go on by the same command.") from None
 
 
 def write_trials(study, args, out, space):
@@ -731,37 +792,36 @@ def write_trials(study, args, out, space):
             rows.append([k, str(values), f"{best.params[k]!s:.9}", str(PAPER.get(k))])
         text += f"\nBest: {out}/trial-{best.number:03d}/ckpt.pt\n\n{evaluate.table(zip(*rows))}"
 
-        figure, axes = evaluate.panels(len(space), (6, 2.5))
-        for axis, k in zip(axes, space):
-            axis.scatter([trial.params[k] for trial in done], [trial.value for trial in done])
-            axis.set(xlabel=k, ylabel=args.objective)
-            if k == "kl":
-                axis.set_xscale("log")
-        figure.savefig(f"{out}/search.png", dpi=150)
-    Path(out, "trials.md").write_text(text)
+        with evaluate.drawing(Path(f"{out}/search.png")) as path:
+            figure, axes = evaluate.panels(len(space), (6, 2.5))
+            for axis, k in zip(axes, space):
+                axis.scatter([trial.params[k] for trial in done], [trial.value for trial in done])
+                axis.set(xlabel=k, ylabel=args.objective)
+                if k == "kl":
+                    axis.set_xscale("log")
+            figure.savefig(path, dpi=150)
+    Path(f"{out}/trials.md").write_text(text, "utf-8", "replace")
     return text
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    try:
-        if WORLD > 1:
-            dist.init_process_group()                      # gloo on CPUs, nccl on GPUs
-        if args.search or args.over or args.trials or args.storage:
-            search(args)
-        else:
-            run(args)
+    with script("train.py", "--batch-size"):
+        args = build_parser().parse_args(argv)
+        try:
+            if WORLD > 1:
+                dist.init_process_group()                  # gloo on CPUs, nccl on GPUs
+            if args.search or args.over or args.trials or args.storage:
+                search(args)
+            else:
+                run(args)
+        except (Exception, KeyboardInterrupt):
+            if RANK > 0:
+                time.sleep(10)  # if rank 0 met it too it tells, and torchrun ends us before
+            raise
         if WORLD > 1:
             barrier()                                      # all ranks end together
             sys.stdout.flush()
             os._exit(0)     # at once: gloo's threads now and then abort Python's own exit
-    except (KeyboardInterrupt, ImportError, ValueError, OSError, MemoryError,
-            torch.OutOfMemoryError) as error:
-        if RANK > 0:
-            time.sleep(10)  # if rank 0 met it too it tells, and torchrun ends us before
-        text = " ".join(str(error).split())[:400] or "stopped"
-        hint = ". Try: pip install -r requirements.txt" if isinstance(error, ImportError) else ""
-        sys.exit(f"train.py: {text}{hint}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 """Shared by all tests: one CPU thread, the root on the path, a tiny data file and a tiny run."""
-import signal
 import sys
 from pathlib import Path
 
@@ -15,14 +14,6 @@ from idiff import PRIORS  # noqa: E402
 
 TINY = ("--width 8 --unet-width 8 --batch-size 4 --ddpm-images 2 --device cpu --latent-dim 3 "
         "--size small --log-every 1 --settle 0").split()
-
-
-@pytest.fixture(autouse=True)
-def keep_ctrl_c():
-    """A test that trains in this process must not leave its handler of Ctrl-C behind."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +40,7 @@ def tiny_run(tmp_path_factory, tiny_npz):
     """Folder of a finished iDiff run of four steps on tiny_npz, as train.py leaves it."""
     import train
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    handler = signal.getsignal(signal.SIGINT)
     train.main([*TINY, "--data", tiny_npz, "--steps", "4", "--out", str(out)])
-    signal.signal(signal.SIGINT, handler)
     return out
 
 

@@ -105,7 +105,8 @@ def test_two_steps_and_two_resumed_equal_four_on_two_ranks(four, tmp_path, tiny_
         assert same(whole[part], resumed[part]), part
 
 
-def test_ctrl_c_stops_both_ranks_and_saves_once(tmp_path, tiny_npz):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stop_ends_both_ranks_and_saves_once(tmp_path, tiny_npz, number):
     out = tmp_path / "run"
     with start(*TINY, "--data", tiny_npz, "--steps", "1000000", "--out", out) as run:
         for _ in range(1200):
@@ -113,7 +114,7 @@ def test_ctrl_c_stops_both_ranks_and_saves_once(tmp_path, tiny_npz):
             log = out / "log.jsonl"
             if run.poll() is not None or log.is_file() and log.read_text().count("step") > 5:
                 break
-        run.send_signal(signal.SIGINT)                                 # which torchrun passes on
+        run.send_signal(number)                                        # which torchrun passes on
         _, shown = run.communicate(timeout=300)
     assert shown.count(f"--resume {out}/ckpt.pt") == 1
     assert read_checkpoint(str(out / "ckpt.pt"))["step"] == log_of(out)[-1]["step"] > 3

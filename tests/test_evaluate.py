@@ -5,6 +5,7 @@
     python -m pytest tests/test_evaluate.py -k tables
 """
 import copy
+import io
 import json
 import re
 import subprocess
@@ -123,6 +124,43 @@ def test_report_on_a_checkpoint(runs, capsys):
         assert (runs[2].parent / f"{picture}.png").stat().st_size > 5000
     evaluate.main([str(runs[2]), "--n", "100", "--no-dci"])
     assert (runs[2].parent / "metrics.json").read_text() == text
+
+
+def test_a_terminal_that_knows_no_such_letters_still_gets_the_report(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / "² läuft", small_grid(tmp_path / "grid.npz"))
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii", write_through=True))
+    evaluate.main([str(path), "--n", "60", "--no-dci"])
+    assert b"discrete MIG" in shown.getvalue() and b"? l?uft" in shown.getvalue()
+
+
+def test_a_picture_that_cannot_be_drawn_is_named_and_the_report_stays(tmp_path, monkeypatch,
+                                                                      capsys):
+    def fails(*_):
+        raise RuntimeError("too many pixels")
+    path = write_checkpoint(tmp_path / "run", small_grid(tmp_path / "grid.npz"))
+    path.with_name("latents.png").write_text("of another report")
+    monkeypatch.setattr(evaluate, "draw_latents", fails)
+    evaluate.main([str(path), "--n", "60", "--no-dci"])
+    assert "latents.png is missing: too many pixels" in capsys.readouterr().err
+    assert {file.name for file in path.parent.iterdir()} == {
+        "ckpt.pt", "metrics.json", "factors.png", "information.png"}
+
+
+def test_a_folder_that_takes_no_file_is_named_before_the_work(runs, monkeypatch):
+    monkeypatch.setattr(evaluate, "encode", lambda *_: pytest.fail("work"))
+    with pytest.raises(SystemExit, match="/proc/self"):
+        evaluate.main([str(runs[0]), "--out", "/proc/self"])
+
+
+def test_ctrl_c_is_one_line_and_warnings_stay_the_hosts(runs, monkeypatch):
+    def pressed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(evaluate, "encode", pressed)
+    filters = list(warnings.filters)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(runs[0])])
+    assert end.value.code == "evaluate.py: stopped" and warnings.filters == filters
 
 
 def test_more_images_than_there_are(runs):

@@ -68,6 +68,33 @@ def test_the_plain_command_writes_grids_and_a_gif_that_loops(tiny_run, tmp_path)
     assert gif.n_frames == 6 and gif.info["loop"] == 0                 # 4 columns there, 2 back
 
 
+def test_a_picture_that_cannot_be_drawn_is_named_and_the_others_are(tiny_run, tmp_path, capsys,
+                                                                    monkeypatch):
+    save_grid = interpolate.save_grid
+
+    def fails_once(file, *args):
+        if "true_factors" in str(file):
+            raise ValueError("too many pixels")
+        save_grid(file, *args)
+    monkeypatch.setattr(interpolate, "save_grid", fails_once)
+    interpolate.main([str(tiny_run / "ckpt.pt"), *FAST, "--out", str(tmp_path)])
+    assert "true_factors.png is missing: too many pixels" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "traversal.gif", "traversal_decoder.png", "traversal_diffusion.png"}
+
+
+def test_a_folder_that_takes_no_file_is_named_before_the_work(tiny_run, monkeypatch):
+    monkeypatch.setattr(interpolate, "survey", lambda *_: pytest.fail("work"))
+    assert "/proc/self" in refusal([tiny_run / "ckpt.pt", "--out", "/proc/self"])
+
+
+def test_ctrl_c_is_one_line(tiny_run, monkeypatch, tmp_path):
+    def pressed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(interpolate, "survey", pressed)
+    assert refusal([tiny_run / "ckpt.pt", "--out", tmp_path]) == "interpolate.py: stopped"
+
+
 @pytest.mark.parametrize("side", [16, 64])
 def test_pixels_are_enlarged_to_even_squares(tmp_path, side):
     """Every pixel of random images shows some 128 / side times larger, and no label is cut off."""

@@ -9,6 +9,7 @@ import json
 import resource
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import interpolate
 import train
 from bench_robust import damage_files, kill_runs
 from conftest import TINY, same
-from idiff import (Data, IDiff, VPSDE, load_checkpoint, load_data, read_checkpoint,
+from idiff import (Data, IDiff, VPSDE, check_memory, load_checkpoint, load_data, read_checkpoint,
                    save_checkpoint, time_grid)
 
 def refusal(main, argv):
@@ -73,6 +74,30 @@ def test_folder_that_cannot_be_made_is_named(tiny_npz, tiny_run):
     for main, argv in ((train.main, [*TINY, "--data", tiny_npz, "--steps", "1"]),
                        (interpolate.main, [tiny_run / "ckpt.pt"])):
         assert "/proc/run" in refusal(main, [*argv, "--out", "/proc/run"])
+
+@pytest.mark.parametrize("files", [
+    {"memory.max": "536870912\n", "memory.stat": "anon 268435456\nfile 99999999999\n"},
+    {"memory/memory.limit_in_bytes": "536870912\n",
+     "memory/memory.stat": "rss 1\ntotal_rss 268435456\n"},
+    {"memory.max": "max\n", "memory.stat": "anon 268435456\n"}], ids=["v2", "v1", "none"])
+def test_a_containers_limit_counts_less_what_it_holds(monkeypatch, files):
+    """256 of 512 MiB are free; pages of files make room, and "max" is no limit."""
+    read = Path.read_text
+
+    def of_container(path, *args, **named):
+        name = str(path).removeprefix("/sys/fs/cgroup/")
+        if name == str(path):
+            return read(path, *args, **named)
+        if name not in files:
+            raise FileNotFoundError(path)
+        return files[name]
+    monkeypatch.setattr(Path, "read_text", of_container)
+    check_memory(200 * 2**20)
+    if "max\n" in files.values():
+        check_memory(300 * 2**20)
+    else:
+        with pytest.raises(MemoryError, match="0.2 GiB are free"):
+            check_memory(300 * 2**20)
 
 def test_odd_paths_work(tiny_npz, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -4,7 +4,9 @@
     python -m pytest tests/test_search.py
 """
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -137,10 +139,88 @@ def test_a_failed_trial_says_why_and_the_search_goes_on(argv, monkeypatch):
     assert "rec is nan" in open(path).read()
 
 
-def test_a_database_holds_the_study(argv, tmp_path):
+def test_a_database_holds_the_study_beside_others(argv, tmp_path):
+    """Somebody else's study, and a search by other flags, which needs a folder of its own."""
     url = f"sqlite:///{tmp_path}/study.db"
-    train.main([*argv, "--search", "grid", "--storage", url])
-    assert cells(optuna.load_study(study_name=None, storage=url)) == ALL
+    argv = [*argv, "--search", "grid", "--storage", url]
+    optuna.create_study(study_name="somebody's", storage=url)
+    train.main(argv)
+    ours, = set(optuna.get_all_study_names(url)) - {"somebody's"}
+    assert cells(optuna.load_study(study_name=ours, storage=url)) == ALL
+
+    other = [*argv, "--seed", "1", "--trials", "1"]
+    with pytest.raises(SystemExit, match="a study.*other flags"):
+        train.main(other)
+    train.main([*other, "--out", str(tmp_path / "other")])
+    assert len(optuna.get_all_study_names(url)) == 3
+    assert len(optuna.load_study(study_name=ours, storage=url).trials) == 4
+
+
+@pytest.mark.parametrize("url", ["nonsense", "sqlite:////nowhere/study.db"])
+def test_a_database_that_cannot_be_used_is_named(argv, url):
+    with pytest.raises(SystemExit, match=url) as refused:
+        train.main([*argv, "--search", "grid", "--storage", url])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--data typo.npz", "typo.npz"), ("--freeze-ivae typo.pt", "typo.pt"),
+    ("--over prior full none", "none"), ("--over kl 1e-3 -1", "kl"), ("--save-every 0", "--save")])
+def test_what_fails_in_every_trial_fails_before_the_first(argv, tmp_path, flags, named):
+    with pytest.raises(SystemExit, match=named):
+        train.main([*argv, "--search", "grid", *flags.split()])
+    assert not (tmp_path / "a study").exists()
+
+
+def test_a_folder_that_takes_no_file_is_named_before_the_first_trial(argv, monkeypatch):
+    monkeypatch.setattr(train, "run", lambda _: pytest.fail("a trial"))
+    with pytest.raises(SystemExit, match="/proc/self"):
+        train.main([*argv, "--search", "grid", "--out", "/proc/self"])
+
+
+def test_a_search_without_a_complete_trial_does_not_end_well(argv, monkeypatch, capsys):
+    def fails(_):
+        raise ValueError("rec is nan")
+    monkeypatch.setattr(train, "run", fails)
+    with pytest.raises(SystemExit, match="no trial"):
+        train.main([*argv, "--search", "grid"])
+    assert capsys.readouterr().out.count("rec is nan") == 4
+
+
+def test_a_full_disk_ends_a_search_and_its_trial_runs_again(argv, monkeypatch):
+    def fails(_):
+        raise OSError("disk full")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="disk full"):
+        patch.setattr(train, "run", fails)
+        train.main([*argv, "--search", "grid"])
+    train.main([*argv, "--search", "grid"])
+    assert cells(study_of(argv)) == ALL
+
+
+def test_a_lock_left_behind_in_a_relative_folder_does_not_hold_a_search(argv, tmp_path,
+                                                                        monkeypatch):
+    """The link names what a worker that was killed had for a path; a new one must resolve."""
+    def too_long(*_):
+        raise AssertionError("it waits for good")
+    symlink, targets = os.symlink, []
+
+    def recorded(target, link):
+        targets.append(target)
+        symlink(target, link)
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("S")
+    open("S/study.log", "w").close()
+    os.symlink("S/study.log", "S/study.log.lock")
+    monkeypatch.setattr(os, "symlink", recorded)
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    try:
+        train.main([*argv, "--search", "grid", "--trials", "1", "--out", "S"])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert targets and all(map(os.path.isabs, targets))
+    assert logging.getLogger("optuna.storages").isEnabledFor(logging.WARNING)  # of a long wait
 
 
 @pytest.mark.parametrize("flags, named", [

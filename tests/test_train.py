@@ -7,10 +7,13 @@
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -76,12 +79,71 @@ def test_run_says_first_what_it_does_and_last_what_comes_next(tiny_npz, tmp_path
         assert name == script and Path(path).is_file()
 
 
+@pytest.mark.parametrize("name", ["it's a run", "a $HOME;run"])
+def test_printed_commands_survive_a_shell(tiny_npz, tmp_path, capsys, name):
+    out = tmp_path / name
+    train.main([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(out)])
+    for line in capsys.readouterr().out.splitlines()[-2:]:
+        assert shlex.split(line)[2:] == [f"{out}/ckpt.pt"]
+    text = refusal([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(out)], capsys)
+    _, _, command = text.partition("with it: ")
+    assert shlex.split(command) == ["--resume", f"{out}/ckpt.pt"]
+
+
+def test_a_picture_that_cannot_be_drawn_is_named_and_the_run_ends_well(
+        tiny_npz, tmp_path, capsys, monkeypatch):
+    def fails(*_):
+        raise TypeError("no such shape")
+    monkeypatch.setattr(train, "save_grid", fails)
+    train.main([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(tmp_path)])
+    shown = capsys.readouterr()
+    assert "samples.png is missing: no such shape" in shown.err
+    assert "Next:" in shown.out and (tmp_path / "losses.png").is_file()
+
+
+def test_a_log_of_stderr_holds_plain_lines_that_tell_the_time_left(
+        tiny_npz, tmp_path, capsys, monkeypatch):
+    """None in the first half minute, then one every half minute; here every step takes 20 s."""
+    argv = [*TINY, "--data", tiny_npz, "--steps", "12"]
+    train.main([*argv, "--out", str(tmp_path / "fast")])
+    assert not capsys.readouterr().err
+
+    monkeypatch.setattr("tqdm.std.time", lambda: 20.0 * len(log_of(tmp_path / "slow")))
+    train.main([*argv, "--out", str(tmp_path / "slow")])
+    lines = capsys.readouterr().err.splitlines()
+    assert 4 <= len(lines) <= 7
+    assert all(re.match(r"step: \d+ of 12, \d\d:\d\d left, .*rec=", line) for line in lines)
+
+
 def test_runs_without_out_get_folders_of_their_own(tiny_npz, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         train.main([*TINY, "--data", tiny_npz, "--steps", "1"])
     runs = list((tmp_path / "runs").iterdir())
     assert len(runs) == 2 and all((run / "ckpt.pt").is_file() for run in runs)
+
+
+@pytest.mark.parametrize("out", [None, "runs/mine"])
+def test_of_two_runs_that_start_at_once_one_has_the_folder(tiny_npz, tmp_path, monkeypatch, capsys,
+                                                           out):
+    """Here the other begins its log in the moment between this one's look and its first line."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    makedirs, taken = os.makedirs, []
+
+    def taken_at_once(path, *args, **named):
+        makedirs(path, *args, **named)
+        if not taken:
+            taken.append(Path(path, "log.jsonl"))
+            taken[0].write_text("the other's")
+    monkeypatch.setattr(os, "makedirs", taken_at_once)
+    argv = [*TINY, "--data", tiny_npz, "--steps", "1"]
+    if out:
+        assert "runs/mine" in refusal([*argv, "--out", out], capsys)
+    else:
+        train.main(argv)
+        assert len(list(Path("runs").glob("*/ckpt.pt"))) == 1
+    assert taken[0].read_text() == "the other's" and not taken[0].with_name("ckpt.pt").exists()
 
 
 @pytest.mark.parametrize("kind", ["vae", "ivae"])
@@ -303,15 +365,15 @@ def test_a_missing_checkpoint_is_not_frozen_nor_a_resumed_run(full_ivae, tiny_np
 # ---- stop and resume ----
 
 
-@pytest.fixture
-def stopped(tiny_npz, tmp_path, monkeypatch):
-    """A run of four steps, at whose second Ctrl-C is pressed; what it said is in its text."""
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def stopped(request, tiny_npz, tmp_path, monkeypatch):
+    """A run of four steps, at whose second a signal comes; what it said is in its text."""
     save = train.save_checkpoint
 
     def save_then_press(path, model, ema, **state):
         save(path, model, ema, **state)
         if state["step"] == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(request.param)
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(train, "save_checkpoint", save_then_press)
@@ -332,6 +394,41 @@ def test_two_steps_and_two_resumed_equal_four(stopped, tiny_run):
     logs = [[{k: v for k, v in r.items() if k != "seconds"} for r in log_of(run)]
             for run in (tiny_run, out)]
     assert logs[0] == logs[1]
+
+
+def test_a_notebooks_own_handlers_are_back_after_a_run(tiny_npz, tmp_path, monkeypatch):
+    """Whether the run ends well, is stopped or fails."""
+    def own(*_):
+        raise AssertionError
+
+    def fails(*_, **named):
+        raise OSError("disk full")
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, own) for number in signals]
+    try:
+        argv = [*TINY, "--data", tiny_npz, "--steps", "1", "--out"]
+        train.main([*argv, str(tmp_path / "whole")])
+        assert all(signal.getsignal(number) is own for number in signals)
+        with pytest.raises(SystemExit), monkeypatch.context() as patch:
+            patch.setattr(train, "train_step", lambda *_: signal.raise_signal(signal.SIGTERM))
+            patch.setattr(train, "mean_over_ranks", lambda _: {})
+            train.main([*argv, str(tmp_path / "stopped")])
+        assert all(signal.getsignal(number) is own for number in signals)
+        with pytest.raises(SystemExit, match="disk full"), monkeypatch.context() as patch:
+            patch.setattr(train, "save_checkpoint", fails)
+            train.main([*argv, str(tmp_path / "failed")])
+        assert all(signal.getsignal(number) is own for number in signals)
+    finally:
+        for number, handler in zip(signals, before):
+            signal.signal(number, handler)
+
+
+def test_a_thread_may_train(tiny_npz, tmp_path):
+    argv = [*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(tmp_path)]
+    thread = threading.Thread(target=train.main, args=(argv,))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "ckpt.pt").is_file() and (tmp_path / "samples.png").is_file()
 
 
 def test_ctrl_c_in_a_terminal_saves(tiny_npz, tmp_path):
@@ -389,6 +486,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     ("--batch 4", "--batch"), ("leftover", "leftover"), ("--save-every 0", "--save-every"),
     ("--log-every -1", "--log-every"), ("--device nonsense", "nonsense"),
     ("--device cuda:99", "cuda:99"), ("--data no_such.npz", "no_such.npz"),
+    ("--batch-size 30000000000000000000", "batch_size"),
     ("--resume no_such.pt", "no_such.pt"), ("--seed -1", "seed"),
     ("--seed 99999999999999999999", "seed")])
 def test_bad_flag_is_named_in_one_line_and_leaves_no_folder(tiny_npz, tmp_path, capsys, flags,
@@ -405,6 +503,12 @@ def test_cuda_where_there_is_none(tiny_npz, capsys):
         pytest.skip("this machine has CUDA")
     text = refusal([*TINY, "--data", tiny_npz, "--device", "cuda"], capsys)
     assert "cuda" in text and "--device cpu" in text
+
+
+def test_a_batch_beyond_memory_is_one_line_with_a_remedy(tiny_npz, tmp_path, capsys):
+    text = refusal([*TINY, "--data", tiny_npz, "--steps", "1", "--batch-size", str(10**12),
+                    "--out", str(tmp_path / "run")], capsys)
+    assert "memory" in text and "--batch-size" in text
 
 
 def test_out_that_is_a_file_is_named(tiny_npz, tmp_path, capsys):
