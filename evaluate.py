@@ -7,7 +7,7 @@
 A path may also be a metrics.json, which is read as it is, or a codes.npz with codes (N, D) and
 factors (N, K) of somebody else's model. Metrics are functions of two such arrays; what is undefined
 is NaN, with a warning. Sources: Chen 2018 (MIG), Hyvarinen 2016 (MCC), Eastwood 2018 (DCI),
-Ridgeway 2018 (modularity), Kim 2018 (FactorVAE score).
+Ridgeway 2018 (modularity).
 """
 import argparse
 import json
@@ -35,8 +35,7 @@ NAMES = {"mig": "discrete MIG",
          "disentanglement": "disentanglement",
          "modularity": "modularity",
          "completeness": "completeness",
-         "informativeness": "informativeness",
-         "factorvae": "FactorVAE score"}
+         "informativeness": "informativeness"}
 FOUR = ("mig", "mcc", "disentanglement", "modularity")         # the paper's, in its order
 MODELS = {"vae": "VAE", "ivae": "iVAE", "idiff": "iVAE + DDPM"}
 PAPER = {                                                      # Tables 2 and 3: mean ± std / max
@@ -263,36 +262,6 @@ def dci(codes, factors, seed=0):
     return scores
 
 
-def factorvae_score(codes, factors, seed=0, n_train=10_000, n_test=5_000, batch=64):
-    """Accuracy of majority votes from a batch's least varying latent to the factor it shares."""
-    codes, factors = as_arrays(codes, factors)
-    varied = np.flatnonzero(varying(factors))
-    std = codes.std(axis=0)
-    live = std >= 0.05                           # as in the library's study
-    codes = codes[:, live] / std[live]
-    if codes.size == 0 or len(varied) == 0:
-        return mean_of(np.zeros(len(varied)), "FactorVAE score")
-
-    # the rows of each value of each factor
-    rows = [[np.flatnonzero(y == value) for value in range(y.max() + 1)] for y in factors.T]
-
-    # each vote: a factor, a batch that shares its value, and the latent that varies least in it
-    rng = np.random.default_rng(seed)
-    factor = rng.choice(varied, n_train + n_test)
-    latent = np.zeros_like(factor)
-    for vote, j in enumerate(factor):
-        value = rng.integers(len(rows[j]))
-        same = rng.choice(rows[j][value], batch)
-        latent[vote] = codes[same].var(axis=0).argmin()
-
-    # each latent stands for the factor that most training votes give it
-    ballots = np.zeros((codes.shape[1], factors.shape[1]))
-    np.add.at(ballots, (latent[:n_train], factor[:n_train]), 1)
-    elected = ballots.argmax(axis=1)
-    right = elected[latent] == factor
-    return float(right[n_train:].mean())
-
-
 # ---- Codes of a checkpoint or a file ----
 
 @torch.no_grad()
@@ -501,7 +470,6 @@ def measure(s, args):
 
     # metrics that take more rows than the standard
     scores = dict.fromkeys(NAMES, np.nan)
-    scores["factorvae"] = factorvae_score(codes[:N_DCI], factors[:N_DCI], args.seed)
     importance = None
     if not args.no_dci:
         importance, accuracies = fit_trees(codes[:N_DCI], factors[:N_DCI], args.seed, "DCI")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import (correlation, dci, dci_of_importance, factorvae_score, match, mcc, mig,
+from evaluate import (correlation, dci, dci_of_importance, match, mcc, mig,
                       mig_per_factor, modularity, modularity_of_information, mutual_information)
 
 SCORES = (mig, mcc, modularity)
@@ -165,14 +165,6 @@ def test_perfect_code_is_perfect_for_every_metric():
     assert [score(codes, factors) for score in SCORES] == pytest.approx([1, 1, 1])
     assert dci(codes, factors) == pytest.approx(
         {"disentanglement": 1, "completeness": 1, "informativeness": 1}, abs=1e-6)
-    assert factorvae_score(codes, factors) == 1
-
-
-def test_factorvae_score_of_noise():
-    factors = grid((4, 4), 200)
-    order = np.random.default_rng(0).permutation(len(factors))
-    noise = np.random.default_rng(1).normal(size=(len(factors), 2))
-    assert factorvae_score(noise, factors[order]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_cyclic_factor_keeps_mig_but_not_mcc():
@@ -199,7 +191,6 @@ def test_all_latents_dead(perfect):
     factors = perfect[1]
     assert [score(np.ones((100, 3)), factors) for score in SCORES] == [0, 0, 0]
     assert dci(np.ones((100, 3)), factors)["disentanglement"] == 0
-    assert factorvae_score(np.ones((100, 3)), factors) == 0
 
 
 def test_near_constant_float32_column(perfect):
