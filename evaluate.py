@@ -354,12 +354,10 @@ def of_codes(path, args):
     try:
         with np.load(path, allow_pickle=False) as file:
             codes, factors = file["codes"], file["factors"]
-    except Exception:                            # of zip and numpy: many
-        raise ValueError(f"'{path}' needs the arrays codes and factors, of numbers. Save it by "
-                         "np.savez(path, codes=codes, factors=factors).") from None
-
-    # ValueError if they are not as they should be
-    as_arrays(codes, factors)
+            as_arrays(codes, factors)
+    except Exception:                            # of zip, numpy, as_arrays: many
+        raise ValueError(f"'{path}' needs the arrays codes and factors, (N, D) and (N, K) of "
+                         "finite numbers, N at least 2. Save it by np.savez.") from None
     if args.generate or args.data:
         raise ValueError(f"'{path}' holds codes: --generate and --data need a checkpoint.")
 
