@@ -7,7 +7,7 @@
 A path may also be a metrics.json, which is read as it is, or a codes.npz with codes (N, D) and
 factors (N, K) of somebody else's model. Metrics are functions of two such arrays; what is undefined
 is NaN, with a warning. Sources: Chen 2018 (MIG), Hyvarinen 2016 (MCC), Eastwood 2018 (DCI),
-Ridgeway 2018 (modularity), Kim 2018 (FactorVAE score).
+Ridgeway 2018 (modularity).
 """
 import argparse
 import json
@@ -27,8 +27,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from idiff import (Config, Encoder, in_one_line, load_checkpoint, load_data, pick_device, script,
-                   seeded_noise, unpack_u, x0_from_eps)
+from idiff import (DATA_SETS, Config, Encoder, fingerprint, in_one_line, load_checkpoint,
+                   load_data, pick_device, script, seeded_noise, x0_from_eps)
 
 N_SCORES = 10_000           # rows of the standard, of all metrics but DCI
 N_DCI = 15_000              # two thirds of them train the trees
@@ -38,8 +38,7 @@ NAMES = {"mig": "discrete MIG",
          "disentanglement": "disentanglement",
          "modularity": "modularity",
          "completeness": "completeness",
-         "informativeness": "informativeness",
-         "factorvae": "FactorVAE score"}
+         "informativeness": "informativeness"}
 FOUR = ("mig", "mcc", "disentanglement", "modularity")         # the paper's, in its order
 MODELS = {"vae": "VAE", "ivae": "iVAE", "idiff": "iVAE + DDPM"}
 PAPER = {                                                      # Tables 2 and 3: mean ± std / max
@@ -101,8 +100,18 @@ def drawing(path):
 
 # ---- Metrics ----
 
-def as_arrays(codes, factors):
-    """codes as float64 (N, D), factors as int64 (N, K) re-indexed to 0, 1, ...; or ValueError."""
+def equal_bins(values, n_bins):
+    """The bin of each value, of equal widths between their minimum and maximum, as the library."""
+    edges = np.linspace(values.min(), values.max(), n_bins + 1)        # an outlier squeezes them
+    return np.searchsorted(edges[:-1], values, side="right") - 1       # the last bin is closed
+
+
+def as_arrays(codes, factors, n_bins=None):
+    """codes as float64 (N, D), factors as int64 (N, K) re-indexed to 0, 1, ...; or ValueError.
+
+    Given n_bins, a factor of more values than these, and than a quarter of the rows or 256, is a
+    number and not a class: its labels are equal bins, with a warning.
+    """
     arrays = []
     for name, a in (("codes", codes), ("factors", factors)):
         if torch.is_tensor(a):
@@ -121,8 +130,14 @@ def as_arrays(codes, factors):
         raise ValueError(f"{len(codes)} rows of codes, but {len(factors)} of factors.")
 
     # labels may be any numbers
-    labels = [np.unique(column, return_inverse=True)[1] for column in factors.T]
-    return codes.astype(np.float64), np.stack(labels, axis=1)
+    labels = np.zeros(factors.shape, np.int64)
+    for j, column in enumerate(factors.T):
+        values, labels[:, j] = np.unique(column, return_inverse=True)
+        if n_bins and len(values) > max(n_bins, min(len(column) / 4, 256)):
+            labels[:, j] = equal_bins(column, n_bins)
+            warnings.warn(f"factor {j} is a number, not a class: put into {n_bins} equal bins, but "
+                          "for MCC.")
+    return codes.astype(np.float64), labels
 
 
 def varying(factors):
@@ -156,14 +171,12 @@ def entropies(factors):
 
 def mutual_information(codes, factors, n_bins=20):
     """I(z_i; y_j) in nats, (D, K), each latent in equal bins between its minimum and maximum."""
-    codes, factors = as_arrays(codes, factors)
+    codes, factors = as_arrays(codes, factors, n_bins)
     mi = np.zeros((codes.shape[1], factors.shape[1]))
     h_factors = entropies(factors)
 
     for i, z in enumerate(codes.T):
-        # equal widths, as the library has them: one outlier squeezes all others into one bin
-        edges = np.linspace(z.min(), z.max(), n_bins + 1)
-        bins = np.searchsorted(edges[:-1], z, side="right") - 1        # the last bin is closed
+        bins = equal_bins(z, n_bins)
         h_bins = entropy(bins)
         for j, y in enumerate(factors.T):
             both = bins * (y.max() + 1) + y
@@ -171,19 +184,19 @@ def mutual_information(codes, factors, n_bins=20):
     return np.where(mi < 1e-12, 0, mi)           # rounding residue of a dead latent is no score
 
 
-def mig_per_factor(codes, factors):
+def mig_per_factor(codes, factors, n_bins=20):
     """(I_1 - I_2) / H of each factor's two best latents, (K,), Eq. 1; I_2 = 0 if there is one."""
-    codes, factors = as_arrays(codes, factors)
-    mi = mutual_information(codes, factors)
+    codes, factors = as_arrays(codes, factors, n_bins)
+    mi = mutual_information(codes, factors, n_bins)
     mi = np.insert(mi, 0, 0, axis=0)             # a latent that knows nothing
     mi = np.sort(mi, axis=0)
     h = np.where(varying(factors), entropies(factors), np.nan)
     return (mi[-1] - mi[-2]) / h
 
 
-def mig(codes, factors):
+def mig(codes, factors, n_bins=20):
     """Discrete mutual information gap, the mean of mig_per_factor, in [0, 1]."""
-    return mean_of(mig_per_factor(codes, factors), "MIG")
+    return mean_of(mig_per_factor(codes, factors, n_bins), "MIG")
 
 
 def correlation(codes, factors):
@@ -228,10 +241,10 @@ def modularity_of_information(mi):
     return float(scores.mean())
 
 
-def modularity(codes, factors):
+def modularity(codes, factors, n_bins=20):
     """How far each latent knows one factor only, in [0, 1]; dead ones 0, pure noise up to 0.7."""
-    codes, factors = as_arrays(codes, factors)
-    mi = mutual_information(codes, factors)
+    codes, factors = as_arrays(codes, factors, n_bins)
+    mi = mutual_information(codes, factors, n_bins)
     return modularity_of_information(mi[:, varying(factors)])
 
 
@@ -259,11 +272,11 @@ def dci_of_importance(importance):
     return scores
 
 
-def fit_trees(codes, factors, seed=0, label=None):
+def fit_trees(codes, factors, seed=0, label=None, n_bins=20):
     """Importance (D, K) to boosted trees, and their test accuracy (K,), per varying factor."""
     from joblib import Parallel, delayed
     from sklearn.ensemble import GradientBoostingClassifier
-    codes, factors = as_arrays(codes, factors)
+    codes, factors = as_arrays(codes, factors, n_bins)
     order = np.random.default_rng(seed).permutation(len(codes))
     codes, factors = codes[order], factors[order]
     split = 2 * len(codes) // 3
@@ -287,43 +300,35 @@ def fit_trees(codes, factors, seed=0, label=None):
     return importance, accuracies
 
 
-def dci(codes, factors, seed=0):
+def dci(codes, factors, seed=0, n_bins=20):
     """Disentanglement, completeness and informativeness (mean test accuracy), a dict."""
-    importance, accuracies = fit_trees(codes, factors, seed)
+    importance, accuracies = fit_trees(codes, factors, seed, n_bins=n_bins)
     scores = dci_of_importance(importance)
     scores["informativeness"] = mean_of(accuracies, "informativeness")
     return scores
 
 
-def factorvae_score(codes, factors, seed=0, n_train=10_000, n_test=5_000, batch=64):
-    """Accuracy of majority votes from a batch's least varying latent to the factor it shares."""
-    codes, factors = as_arrays(codes, factors)
-    varied = np.flatnonzero(varying(factors))
-    std = codes.std(axis=0)
-    live = std >= 0.05                           # as in the library's study
-    codes = codes[:, live] / std[live]
-    if codes.size == 0 or len(varied) == 0:
-        return mean_of(np.zeros(len(varied)), "FactorVAE score")
-
-    # each vote: a factor, a batch that shares its value, and the latent that varies least in it
-    rng = np.random.default_rng(seed)
-    factor = rng.choice(varied, n_train + n_test)
-    latent = np.zeros_like(factor)
-    for vote, j in enumerate(factor):
-        y = factors[:, j]
-        value = rng.integers(y.max() + 1)
-        same = rng.choice(np.flatnonzero(y == value), batch)
-        latent[vote] = codes[same].var(axis=0).argmin()
-
-    # each latent stands for the factor that most training votes give it
-    ballots = np.zeros((codes.shape[1], factors.shape[1]))
-    np.add.at(ballots, (latent[:n_train], factor[:n_train]), 1)
-    elected = ballots.argmax(axis=1)
-    right = elected[latent] == factor
-    return float(right[n_train:].mean())
-
-
 # ---- Codes of a checkpoint or a file ----
+
+def find_data(info, checkpoint):
+    """Name or path of the data that a checkpoint's info tells of: where they were, or beside it."""
+    # a run's folder may have moved, and the data with it
+    name = str(info.get("data_arg", f"that of {checkpoint}"))
+    beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(name))
+    for place in (name, beside):
+        if place in DATA_SETS or os.path.isfile(place):
+            return place
+    raise FileNotFoundError(f"data of '{checkpoint}' not found: neither '{name}' nor '{beside}'. "
+                            "Pass --data and their path.")
+
+
+def warn_of_other_data(data, info, checkpoint):
+    """A line to stderr if the data are not those that a checkpoint's info tells of."""
+    if info.get("fingerprint", data.fingerprint) != data.fingerprint:
+        print(f"warning: '{checkpoint}' was trained on {info['data']}, not on {data.name}.",
+              file=sys.stderr)
+
+
 
 @torch.no_grad()
 def encode(model, data, rows, seed):
@@ -342,7 +347,12 @@ def of_checkpoint(path, args, load=load_data):
     device = pick_device(args.device)
     model = load_checkpoint(path, device)
     cfg = model.cfg
-    data = load(args.data or str(model.info.get("data_arg", f"that of {path}")), device)
+    data = load(args.data or find_data(model.info, path), device, tqdm, cfg.image_size)
+    warn_of_other_data(data, model.info, path)
+    if not data.factor_names or args.generate and not len(data.varied):
+        raise ValueError(f"'{path}': MIG, MCC, DCI and modularity need factors, --generate those "
+                         f"of 2 to 1,000 values, and {data.name} has none. Pass others by --data; "
+                         "interpolate.py needs none.")
 
     # random images of the grid, then as many modulated draws
     n = min(args.n, len(data))
@@ -354,35 +364,37 @@ def of_checkpoint(path, args, load=load_data):
     factors = data.factors(rows).cpu().numpy()
     factors_drawn = data.factors(drawn).cpu().numpy()
 
-    # u as if it were a code: its centres, or else its log-scales
-    log_s, m = unpack_u(u, cfg)
-    u = log_s if cfg.u == "var" else m
-    u = u.cpu().numpy()
+    # u as if it were a code: its centres, or else its scales, which come before;
+    # not the data's own, for all rows are drawn alike with it
+    draws = {}
+    if cfg.u != "own" and len(data.varied):
+        u = u[:, -len(data.varied):].cpu().numpy()
+        draws = {"encoder_on_draws": (codes[n:], factors_drawn), "u_on_draws": (u, factors_drawn)}
 
-    info = {"data": data.name, "model": cfg.model, "config": vars(cfg), "weights": "EMA",
-            "training": model.info}
+    info = {"data": data.name, "fingerprint": data.fingerprint, "model": cfg.model,
+            "config": vars(cfg), "weights": "EMA", "training": model.info}
     if args.generate:
         info["generation"] = generation(model, data, rows, codes[:n], args)
     return {"codes": codes[:n], "samples": samples[:n], "factors": factors,
-            "names": data.factor_names, "info": info,
-            "draws": {"encoder_on_draws": (codes[n:], factors_drawn),
-                      "u_on_draws": (u, factors_drawn)}}
+            "names": data.factor_names, "info": info, "draws": draws}
 
 
 def of_codes(path, args):
     """The same of a file with the arrays codes (N, D) and factors (N, K)."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            codes, factors = as_arrays(arrays["codes"], arrays["factors"])
-    except Exception as error:                   # of zip, numpy, as_arrays: many
-        raise ValueError(f"'{path}' needs the arrays codes and factors: "
-                         f"{in_one_line(error)}") from None
+        with np.load(path, allow_pickle=False) as file:
+            codes, factors = file["codes"], file["factors"]
+            as_arrays(codes, factors)
+    except Exception:                            # of zip, numpy, as_arrays: many
+        raise ValueError(f"'{path}' needs the arrays codes and factors, (N, D) and (N, K) of "
+                         "finite numbers, N at least 2. Save it by np.savez.") from None
     if args.generate or args.data:
         raise ValueError(f"'{path}' holds codes: --generate and --data need a checkpoint.")
 
     rows = np.random.default_rng(args.seed).permutation(len(codes))[:args.n]
     names = [f"factor {j}" for j in range(factors.shape[1])]
-    info = {"data": f"factors of {path.name}", "model": "codes", "config": {}}
+    info = {"data": f"factors of {path.name} {fingerprint(factors)[:8]}", "model": "codes",
+            "config": {}}
     return {"codes": codes[rows], "samples": codes[rows], "factors": factors[rows],
             "names": names, "info": info, "draws": {}}
 
@@ -397,7 +409,7 @@ def train_reader(data, seed, steps=600):
     """
     torch.manual_seed(seed)
     k = len(data.varied)
-    v = max(data.factor_sizes)
+    v = data.sizes[data.varied].max().item()
     channels, side, _ = data.image_shape
     cfg = Config(image_channels=channels, image_size=side, latent_dim=(k * v + 1) // 2)
     net = Encoder(cfg).net.to(data.device)       # k v outputs, or one more
@@ -551,7 +563,6 @@ def measure(s, args):
 
     # metrics that take more rows than the standard
     scores = dict.fromkeys(NAMES, np.nan)
-    scores["factorvae"] = factorvae_score(codes[:N_DCI], factors[:N_DCI], args.seed)
     importance = None
     if not args.no_dci:
         importance, accuracies = fit_trees(codes[:N_DCI], factors[:N_DCI], args.seed, "DCI")
@@ -569,7 +580,8 @@ def measure(s, args):
     mi = mutual_information(codes, factors)
     corr = correlation(codes, factors)
     gap = mig_per_factor(codes, factors)
-    share = mi / np.where(np.isnan(gap), np.nan, entropies(factors))
+    _, classes = as_arrays(codes, factors, n_bins=20)
+    share = mi / np.where(np.isnan(gap), np.nan, entropies(classes))
     matched = {j: i for i, j in zip(*match(corr))}
     per_factor = {}
     for j, name in enumerate(s["names"]):
@@ -622,6 +634,9 @@ def report(path, args, load=load_data):
 
     s = of_codes(path, args) if kind == "codes" else of_checkpoint(path, args, load)
     result = measure(s, args)
+
+    # pictures show classes
+    _, s["factors"] = as_arrays(s["codes"], s["factors"], n_bins=20)
     result["file"] = str(path)
     result["seed"] = args.seed
     result["versions"] = {package: version(package) for package in ("torch", "scikit-learn")}
@@ -783,10 +798,8 @@ def draw_factors(r, s):
             shown["modulated draws"] = factors[:, j]
         edges = np.arange(shown["grid"].max() + 2) - 0.5
         ax.hist(list(shown.values()), edges, density=True, label=list(shown))
-        ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share",
-               xticks=np.unique(shown["grid"])[::2])
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+        ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share")
+    axes[0].legend()
     return figure
 
 
@@ -794,10 +807,9 @@ def draw_information(r, s):
     """The matrix MI/H."""
     share = np.array(r["mi_over_h"], float)
     figure, (ax,) = panels(1, (1.6 + 0.9 * len(s["names"]), 4.5))
-    ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")   # pale, for black digits
     for (i, j), value in np.ndenumerate(share):
-        colour = "white" if value > 0.6 else "black"
-        ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
+        ax.text(j, i, f"{value:.2f}", ha="center", va="center")
     ax.set_xticks(range(len(s["names"])), s["names"], rotation=30, ha="right")
     ax.set(ylabel="latent", title="mutual information / entropy")
     return figure

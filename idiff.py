@@ -20,6 +20,7 @@ pixels; KL is a sum over latents, a mean over the batch. Shape letters: B batch,
 H W pixels, F features, D latents, L categories, U entries of u, E embedding, K factors, V values
 of a factor, N images, S sampler steps. Images lie in [-1, 1].
 """
+import hashlib
 import json
 import math
 import os
@@ -62,8 +63,8 @@ class Config:
     prior: str = option("full", "p(z|u): read off u; a net per latent; one net of all u", PRIORS)
     prior_mean: str = option("auto", "means of a learned p(z|u); auto: zero under --u var",
                              ("auto", "learned", "zero"))
-    u: str = option("mean+var", "what u modulates of each factor; var: best with --u-scale 0.1 "
-                    "--kl 1e-3 --rec 0.4", ("var", "mean+var"))
+    u: str = option("mean+var", "own: the data's; var: best with --u-scale .1 --kl 1e-3 --rec .4",
+                    ("var", "mean+var", "own"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
     kl: float = option(1e-5, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
@@ -92,10 +93,11 @@ class Config:
     precision: str = option("float32", "arithmetic", ("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, data and noise", below=2**62)
 
-    # Read off the data: no flags.
-    image_size: int = option(64, "", least=16)
+    # Read off the data: no flags, but for the size.
+    image_size: int = option(64, "side in pixels to resize a file's images to", least=16)
     image_channels: int = option(3, "", least=1)
-    n_factors: int = option(6, "", least=1)
+    n_factors: int = option(6, "")
+    n_u: int = option(0, "")
 
     def __post_init__(self):
         # each value is of its field's type, and among its choices or within its range
@@ -123,6 +125,14 @@ class Config:
         if self.model != "idiff" and self.rec == self.kl == self.contrast == 0:
             raise ValueError("rec, kl and contrast are all 0: nothing would be learned.")
 
+        # a prior must have a u to read, and know how
+        if self.u_dim == 0 and (self.model != "vae" or self.u != "own"):
+            raise ValueError(f"--u {self.u} needs what the data lack: {self.n_factors} factors of "
+                             f"2 to 1,000 values, their own u of {self.n_u} entries. Pass another "
+                             "--u; with neither, only --model vae can be trained, by --u own.")
+        if self.u == "own" and self.prior in ("known", "diagonal"):
+            raise ValueError(f"--prior {self.prior} cannot read --u own. Pass --prior full.")
+
     @property
     def z_dim(self):
         """How many numbers of z decoder and U-Net see: D, or D L one-hot entries."""
@@ -133,6 +143,8 @@ class Config:
     @property
     def u_dim(self):
         """How many entries u has, see pack_u."""
+        if self.u == "own":
+            return self.n_u
         return self.n_factors if self.u == "var" else 2 * self.n_factors
 
     @property
@@ -1008,28 +1020,34 @@ def check_memory(need, device=torch.device("cpu")):
 class Data:
     """Images on a device, by row, and the modulated draw of rows and u.
 
-    sizes: {factor's name: how many values}; images: function rows (B,) -> (B, C, S, S) in [-1, 1],
-    S a multiple of 16; factors: (N, K) int64, one row per image, or None for the full factor grid,
-    row-major.
+    sizes: {factor's name: how many values, or these values, rising}; images: function rows (B,) ->
+    (B, C, S, S) in [-1, 1], S a multiple of 16; factors: (N, K) int64, the index of each image's
+    values, or None for the full factor grid, row-major; u: (N, U), the data's own, or None; note:
+    how they were read.
     """
 
-    def __init__(self, name, sizes, image_shape, images, device, factors=None):
+    def __init__(self, name, sizes, image_shape, images, device, factors=None, u=None,
+                 fingerprint=None, note=""):
         self.name = name
         self.factor_names = tuple(sizes)
-        self.factor_sizes = tuple(sizes.values())
+        self.values = [np.arange(v) if isinstance(v, int) else v for v in sizes.values()]
+        self.factor_sizes = tuple(map(len, self.values))
         self.image_shape = image_shape
         self.images = images
         self.device = device
-        if max(self.factor_sizes) > 1000 or math.prod(self.factor_sizes) >= 2**63:
-            raise ValueError(f"1,000 values a factor, 2^63 in all at most: {self.factor_sizes}")
+        self.fingerprint = fingerprint or f"{name} 1"          # raised when a replica changes
+        self.note = note
 
         # a row of the full grid has the number sum of index * stride
-        self.sizes = torch.tensor(self.factor_sizes, device=device)
+        self.sizes = torch.tensor(self.factor_sizes, dtype=torch.int64, device=device)
         self.strides = self.sizes.flip(0).cumprod(0).flip(0) // self.sizes
         self.varied = (self.sizes > 1).nonzero().flatten()     # the factors that u tells of
+        most = max(self.factor_sizes, default=1)
+        if most > 1000 or math.prod(self.factor_sizes) >= 2**63:
+            self.varied = self.varied[:0]                      # too many for a modulated draw
 
         # each factor's values, spread over [-1, 1]; V is the largest number of values
-        value = torch.arange(max(self.factor_sizes), device=device)            # (V,)
+        value = torch.arange(most, device=device)                              # (V,)
         last = self.sizes[:, None] - 1                                         # (K, 1)
         self.grid = 2 * value / last.clamp(min=1) - 1                          # (K, V)
         self.exists = value <= last                                            # (K, V)
@@ -1038,8 +1056,8 @@ class Data:
         self.table = None
         if factors is not None:
             self.table = factors.to(device)
-            numbers = (self.table * self.strides).sum(dim=1)
-            self.numbers, self.order = numbers.sort()
+            self.numbers, self.order = (self.table * self.strides).sum(dim=1).sort()
+        self.u = torch.zeros(len(self), 0, device=device) if u is None else u.to(device)
 
     def __len__(self):
         if self.table is None:
@@ -1057,8 +1075,13 @@ class Data:
 
         Each draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, 0 or, with
         "mean+var", uniform in [-1, 1]. A value g of the grid has probability ∝ exp(-((g - m) / s)^2
-        / 2), in a grid with gaps among the values still left. u: see pack_u.
+        / 2), in a grid with gaps among the values still left. u: see pack_u. With "own" all rows
+        are equally likely, and u is theirs.
         """
+        if u == "own":
+            rows = torch.randint(len(self), (n,), generator=generator, device=self.device)
+            return rows, self.u[rows]
+
         shape = (2, n, len(self.sizes))
         a, b = torch.rand(shape, generator=generator, device=self.device)
         log_s = a * math.log(u_scale)                                          # (n, K)
@@ -1106,11 +1129,19 @@ class Data:
 
 # ---- Data: files ----
 
-def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs: iterable):
-    """The Data of a name in DATA_SETS, or of an .h5 or .npz file.
+# What a file may hold, and under which keys.
+KEYS = {"images": ("images", "imgs"),
+        "factors": ("factors", "labels", "latents_classes"),
+        "u": ("u",),
+        "factor_names": ("factor_names",)}
 
-    Files: the real 3dshapes.h5, the real dSprites .npz, or one's own images (N, H, W, C) uint8 and
-    factors (N, K). progress wraps iterables, as tqdm. OSError, ValueError, MemoryError.
+
+def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs: iterable,
+              image_size=None):
+    """The Data of a name in DATA_SETS, or of a file, whose images are resized to image_size.
+
+    Files: the real 3dshapes.h5, the real dSprites .npz, or one's own .npz or .h5, see check_arrays.
+    progress wraps iterables, as tqdm. OSError, ValueError, MemoryError.
     """
     device = torch.device(device)
     if name in DATA_SETS:
@@ -1119,86 +1150,132 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
         raise FileNotFoundError(f"data not found: '{name}'. Pass {', '.join(DATA_SETS)}, or the "
                                 "path of an .h5 or .npz file.")
     try:
-        return load_file(name, device, progress)
-    except Exception as error:                                 # of zip, h5, pickle: many
-        kind = MemoryError if isinstance(error, MemoryError) else ValueError
-        raise kind(f"'{name}' cannot be used as data: {in_one_line(error)}") from None
-
-
-def load_file(path, device, progress):
-    """Data of the real 3dshapes.h5, the real dSprites .npz, or a file of one's own."""
-    images, labels = read_arrays(path, device, progress)
-    images = images.reshape(*images.shape[:3], -1)             # (N, H, W, C)
-    if len(images) != len(labels) or not labels.size or not np.isfinite(labels).all():
-        raise ValueError(f"needs a row of finite factors per image: {images.shape}, {labels.shape}")
-
-    # any numbers become the indices 0, 1, ... of a factor's values
-    sizes, indices = [], []
-    for column in labels.T:
-        values, index = np.unique(column, return_inverse=True)
-        sizes.append(len(values))
-        indices.append(index)
-    factors = torch.from_numpy(np.stack(indices, axis=1))
-
-    # a known data set is recognised by its sizes
-    named = {f"factor {k}": size for k, size in enumerate(sizes)}
-    for known in (SHAPES3D, DSPRITES):
-        if list(known.values()) == sizes:
-            named = known
-
-    pixels = torch.from_numpy(images).to(device)
-
-    def look_up(rows):
-        return pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
-    height, width, channels = images.shape[1:]
-    image_shape = (channels, height, width)
-    return Data(os.path.basename(path), named, image_shape, look_up, device, factors)
+        arrays = read_arrays(name, device, progress)
+    except MemoryError as error:
+        raise MemoryError(f"'{name}' cannot be used as data: {error}") from None
+    except Exception:                                          # of zip, h5, numpy: many
+        raise ValueError(f"'{name}' cannot be used as data: it is no .npz or .h5 file of arrays of "
+                         "numbers, or is damaged. Save it by np.savez.") from None
+    return check_arrays(arrays, name, device, image_size)
 
 
 def read_arrays(path, device, progress):
-    """images (N, H, W[, C]) uint8 and factors (N, K) of an .h5 or .npz file."""
+    """{name in KEYS: array as stored} of an .h5 or .npz file. Many errors, if it is damaged."""
     with open(path, "rb") as file:
         is_h5 = file.read(8) == b"\x89HDF\r\n\x1a\n"           # the content decides, not the name
     if is_h5:
         import h5py
-        arrays = h5py.File(path)
+        file = h5py.File(path)
     else:
-        arrays = np.load(path, allow_pickle=False)
+        file = np.load(path, allow_pickle=False)
 
-    with arrays:
-        image_key = first_present(arrays, ("images", "imgs"))
-        factor_key = first_present(arrays, ("factors", "labels", "latents_classes"))
-        if image_key is None or factor_key is None:
-            raise ValueError(f"needs the arrays images and factors, has {', '.join(arrays)}")
+    with file:
+        stored = {}
+        for name, keys in KEYS.items():
+            stored.update({name: key for key in keys if key in file})
 
         # before anything large is read
         if is_h5:
-            need = arrays[image_key].size + arrays[factor_key].nbytes
+            need = sum(file[key].nbytes for key in stored.values())
         else:
-            need = sum(entry.file_size for entry in arrays.zip.infolist())
+            need = sum(entry.file_size for entry in file.zip.infolist())
         check_memory(need, device)
 
-        images = arrays[image_key]
-        factors = np.asarray(arrays[factor_key])
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or factors.ndim != 2:
-            raise ValueError(f"images must be (N, H, W, C) uint8 and factors (N, K), got "
-                             f"{images.shape} {images.dtype} and {factors.shape}")
+        arrays = {name: file[key] for name, key in stored.items()}
         if is_h5:
-            source, images = images, np.empty(images.shape, np.uint8)
-            for i in progress(range(0, len(images), 4096), desc="reading images"):
-                part = np.s_[i:i + 4096]
-                source.read_direct(images, part, part)
-
-    if factor_key == "latents_classes" and images.max(initial=0) <= 1:
-        images *= 255                                          # dSprites stores 0 and 1
-    return images, factors
+            for name, source in arrays.items():
+                arrays[name] = np.empty(source.shape, source.dtype)
+                for i in progress(range(0, len(source), 4096), desc=f"reading {name}"):
+                    arrays[name][i:i + 4096] = source[i:i + 4096]
+        return arrays
 
 
-def first_present(arrays, names):
-    """The first of the names that the file holds, or None."""
-    for name in names:
-        if name in arrays:
-            return name
+def check_arrays(arrays, path, device, image_size):
+    """The Data of stored arrays; ValueError, with a remedy, if they are not as they should be.
+
+    images: (N, H, W), or (N, H, W, C) of 1 or 3 channels, in 0..255 or 0..1; what follows may be
+    absent: factors (N, K), any numbers; factor_names (K,); u (N, U), one's own.
+    """
+    if "images" not in arrays:
+        raise ValueError(f"'{path}' has no array images: of {', '.join(KEYS)} it has "
+                         f"{', '.join(arrays) or 'none'}.")
+    images = arrays["images"]
+    found = f"images are {images.shape} {images.dtype}"
+    if images.ndim == 3:
+        images = images[..., None]
+    fits = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] in (1, 3)
+    if not fits or not images.size or images.dtype.kind not in "buif":
+        raise ValueError(f"'{path}': {found}; wanted are numbers, (N, H, H) or (N, H, H, C) with 1 "
+                         "or 3 channels. Crop them, or drop channels: images[..., :3]; or put "
+                         "channels last: images.transpose(0, 2, 3, 1).")
+
+    # pixels as they are stored; what is white is seen from the brightest
+    low, high = images.min(), images.max()
+    if not 0 <= low <= high <= 255:                            # nor are they NaN
+        raise ValueError(f"'{path}': {found}, from {low} to {high}; wanted are 0 to 1 or 0 to 255. "
+                         "Scale them.")
+    white = 1 if high <= 1 else 255
+    kind = np.float32 if images.dtype.kind == "f" else np.uint8
+    pixels = torch.from_numpy(images.astype(kind, copy=False)).to(device)
+
+    n, height, _, channels = images.shape
+    side = image_size or -height // 16 * -16                   # the next multiple of 16
+    note = f"{found}, from {low} to {high}, {white} is white; used at {side} x {side}"
+
+    def look_up(rows):
+        x = pixels[rows].permute(0, 3, 1, 2).float() * (2 / white) - 1
+        if side != height:
+            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+        return x
+
+    # any numbers become the indices 0, 1, ... of a factor's values
+    table = check_table(arrays, "factors", n, path)
+    values, indices = [], []
+    for column in table.T:
+        distinct, index = np.unique(column, return_inverse=True)
+        values.append(distinct)
+        indices.append(index)
+    factors = np.array(indices, np.int64).reshape(-1, n).T
+
+    # a known data set is recognised by its sizes
+    names = [f"factor {k}" for k in range(len(values))]
+    for known in (SHAPES3D, DSPRITES):
+        if list(known.values()) == list(map(len, values)):
+            names = list(known)
+    if "factor_names" in arrays:
+        names = [text.decode() if isinstance(text, bytes) else str(text)
+                 for text in arrays["factor_names"].tolist()]
+    named = dict(zip(names, values))
+    if not len(named) == len(names) == len(values):
+        raise ValueError(f"'{path}': factor_names are {names}; wanted are {len(values)} different "
+                         "names.")
+
+    own_u = check_table(arrays, "u", n, path)
+    u = (own_u - own_u.mean(axis=0)) / own_u.std(axis=0).clip(1e-9)
+    mark = fingerprint(images[::max(1, n // 256)], table, own_u)
+    return Data(f"{os.path.basename(path)} {mark[:8]}", named, (channels, side, side), look_up,
+                device, torch.from_numpy(factors), torch.from_numpy(u).float(), mark, note)
+
+
+def check_table(arrays, name, n, path):
+    """A stored array as (N, columns), of none if it is absent; ValueError unless finite numbers."""
+    table = arrays.get(name, np.zeros((n, 0)))
+    if table.ndim == 1:
+        table = table[:, None]
+    fits = table.ndim == 2 and len(table) == n and table.dtype.kind in "buif"
+    if not fits or not np.isfinite(table).all():
+        raise ValueError(f"'{path}': {name} are {table.shape} {table.dtype}; wanted is a row of "
+                         f"finite numbers for each of {n} images. Of words: np.unique(words, "
+                         "return_inverse=True)[1].")
+    return table
+
+
+def fingerprint(*arrays):
+    """SHA-256 of arrays: their shapes, types and contents."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 # ---- Scripts ----
@@ -1232,25 +1309,14 @@ def script(name, less):
 
 # ---- Pictures ----
 
-def import_torchvision():
-    """The module; ImportError in one line where it is missing or made for another torch."""
-    try:
-        import torchvision
-        import torchvision.transforms.v2
-        return torchvision
-    except Exception as error:                                 # torch's RuntimeError, too
-        raise ImportError(f"torchvision cannot be used ({in_one_line(error)}). Install it and "
-                          "torch together: pip install --upgrade torch torchvision") from None
-
-
 def save_grid(file, images, rows, columns):
     """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""
     from matplotlib.figure import Figure
-    make_grid = import_torchvision().utils.make_grid
     n, m = len(columns), len(rows)
     pixels = (images.float().cpu() * 127.5 + 127.5).clamp(0, 255).round().byte()
-    grid = make_grid(pixels, nrow=n, padding=2, pad_value=255)
-    grid = grid[:, 1:-1, 1:-1].permute(1, 2, 0).numpy()        # half a gap around all, (.., .., 3)
+    pixels = F.pad(pixels, (1, 1, 1, 1), value=255)            # half a gap around each
+    grid = pixels.unflatten(0, (m, n)).permute(0, 3, 1, 4, 2)  # (m, H, n, W, C)
+    grid = grid.flatten(2, 3).flatten(0, 1).expand(-1, -1, 3).numpy()          # (m H, n W, 3)
 
     # whole multiples of a pixel, so that all are shown equally large
     zoom = max(1, round(128 / images.shape[-1]))

@@ -9,15 +9,16 @@ means, and diffusion keeps their noise, which the ODE run backwards finds.
 """
 import argparse
 import io
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from evaluate import (as_arrays, drawing, entropies, match, mutual_information, progress,
-                      try_folder)
-from idiff import (SAMPLERS, import_torchvision, invert, load_checkpoint, load_data, pick_device,
-                   save_grid, script, seeded_noise, time_grid)
+from evaluate import (as_arrays, drawing, entropies, find_data, match, mutual_information, progress,
+                      try_folder, warn_of_other_data)
+from idiff import (SAMPLERS, invert, load_checkpoint, load_data, pick_device, save_grid, script,
+                   seeded_noise, time_grid)
 
 
 def build_parser():
@@ -52,19 +53,28 @@ def read_image(name, data):
 
     # a picture, turned as its camera was held
     from PIL import Image, ImageOps
-    v2 = import_torchvision().transforms.v2
     channels, side, _ = data.image_shape
     try:
-        picture = ImageOps.exif_transpose(Image.open(name))
-        picture = picture.convert("L" if channels == 1 else "RGB")
+        file = Image.open(name)
+        animated = getattr(file, "is_animated", False) and file.format != "MPO"
+        picture = ImageOps.exif_transpose(file)
     except Exception:                                          # many kinds, as of formats
         raise ValueError(f"'{name}' is neither a row number nor a readable picture.") from None
+    if animated or picture.mode in ("I", "F"):
+        raise ValueError(f"'{name}' has several frames, or 32 bits a pixel; wanted is one frame of "
+                         "8 or 16 bits. Save it as a PNG.")
+
+    # 16 bits to 8; what is transparent lies on white
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.array(picture) // 257).astype(np.uint8))
+    white = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(white, picture.convert("RGBA"))
 
     # its middle square
-    fit = v2.Compose([v2.Resize(side, v2.InterpolationMode.LANCZOS),
-                      v2.CenterCrop(side),
-                      v2.PILToTensor()])
-    return fit(picture).to(data.device) / 127.5 - 1
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    picture = ImageOps.fit(picture, (side, side))
+    pixels = np.array(picture).reshape(side, side, channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1).to(data.device) / 127.5 - 1
 
 
 def read_images(names, model, data, steps):
@@ -77,18 +87,40 @@ def read_images(names, model, data, steps):
     return x, z, invert(model.eps_fn(z), x, ts, model.sde)
 
 
+def information(z, p):
+    """How much each latent tells of u, (D,) in nats: a lower bound on I(z_i; u), log N at most.
+
+    As in contrast_loss, but a latent at a time. z: (N, D), or (N, D, L) categories; p: p(z|u).
+    """
+    log_p = p.log_prob(z[:, None])                             # (N, N, D)
+    own = log_p.diagonal().mT                                  # (N, D)
+    any_u = log_p.logsumexp(dim=1) - math.log(len(z))          # (N, D)
+    return (own - any_u).mean(dim=0)
+
+
 def survey(model, data, seed):
     """2,000 seeded rows (N,), their codes (N, D), and {latent: its name} in the factors' order.
 
     "z3 · scale" if latent 3 matches a factor, else "z3": pairs have the largest sum of mutual
-    information, and each over 10 % of the factor's entropy, where chance gives 1 to 5 %.
+    information, and each over 10 % of the factor's entropy, where chance gives 1 to 5 %. Without
+    factors latents are in the order of what they tell of u, if it is the data's own.
     """
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:2000]
     rows = rows.to(data.device)
     codes = torch.cat([model.encode(data.images(part))[0] for part in rows.split(500)])
 
+    # without factors
+    if not data.factor_names:
+        order = range(codes.shape[1])
+        if model.cfg.u == "own" and data.u.shape[1] == model.cfg.n_u:
+            part = rows[:1000]
+            q = model.encoder(data.images(part))
+            told = information(q.mean, model.prior(data.u[part]))
+            order = told.argsort(descending=True).tolist()
+        return rows, codes, {i: f"z{i}" for i in order}
+
     # the latents that match a factor, in the factors' order, then all others
-    _, factors = as_arrays(codes, data.factors(rows))
+    _, factors = as_arrays(codes, data.factors(rows), n_bins=20)
     mi = mutual_information(codes, factors)                    # (D, K)
     h = entropies(factors)
     names = {}
@@ -203,6 +235,8 @@ def draw_true_factors(file, data, row, columns):
     factors = data.factors(everything).cpu().numpy()
     same = factors == factors[row]
     varied = data.varied.tolist()
+    if not varied:
+        return
 
     # of each factor an image a value; a row with fewer values ends in white
     grid = torch.ones(len(varied), columns, *data.image_shape)            # white
@@ -270,8 +304,9 @@ def run(args):
     model = load_checkpoint(args.checkpoint, device)
     args.out = args.out or Path(args.checkpoint).parent
     try_folder(args.out)
-    data_arg = args.data or str(model.info.get("data_arg", f"that of {args.checkpoint}"))
-    data = load_data(data_arg, device, progress)
+    data_arg = args.data or find_data(model.info, args.checkpoint)
+    data = load_data(data_arg, device, progress, model.cfg.image_size)
+    warn_of_other_data(data, model.info, args.checkpoint)
 
     # what the latents are called
     rows, codes, names = survey(model, data, args.seed)

@@ -29,9 +29,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import evaluate
-from idiff import (DATA_SETS, VPSDE, Config, IDiff, import_torchvision, in_one_line,
-                   load_checkpoint, load_data, pick_device, read_checkpoint, save_checkpoint,
-                   save_grid, script, seeded_noise)
+from idiff import (DATA_SETS, VPSDE, Config, IDiff, in_one_line, load_checkpoint, load_data,
+                   pick_device, read_checkpoint, save_checkpoint, save_grid, script, seeded_noise)
 
 EPOCH = 480_000             # draws
 SIZES = {"small": {},
@@ -43,7 +42,7 @@ PAPER = dict(latent_dim=10, prior="full", prior_mean="learned", u="var", kl=5e-4
 
 # What a U-Net on a frozen iVAE has in common with it.
 IVAE = ("latent_dim", "latent", "categories", "prior", "prior_mean", "u", "u_scale", "width",
-        "patch", "image_size", "image_channels", "n_factors")
+        "patch", "image_size", "image_channels", "n_factors", "n_u")
 
 # The paper's Table 1, and a grid over it. Flags of WHERE do not change what a search finds.
 SPACE = {"kl": (1e-5, 0.1), "rec": (0.01, 5.0), "u": ["var", "mean+var"]}
@@ -148,10 +147,14 @@ def make_config(args, data, ivae):
     values = dict(SIZES[args.size or "small"])
     if args.paper:
         values.update(PAPER)
+    if data.u.numel() or not len(data.varied):
+        values["u"] = "own"
     values.update(fixed)
     values.update(given)
+    if given.get("image_size", height) != height:
+        raise ValueError(f"--image-size resizes files; {data.name} has images of {height} pixels.")
     values.update(image_size=height, image_channels=data.image_shape[0],
-                  n_factors=len(data.varied))
+                  n_factors=len(data.varied), n_u=data.u.shape[1])
     cfg = Config(**values)
 
     wrong = [f"{name} {value}" for name, value in fixed.items() if getattr(cfg, name) != value]
@@ -166,11 +169,11 @@ def make_config(args, data, ivae):
                    rec_images=rec_images, ddpm_images=ddpm_images)
 
 
-def check_fit(cfg, data, args):
+def check_fit(cfg, info, data, args):
     """ValueError if a run cannot go on with these data, or ranks cannot share its batches."""
-    shape = (cfg.image_channels, cfg.image_size, cfg.image_size)
-    if tuple(data.image_shape) != shape or len(data.varied) != cfg.n_factors:
-        raise ValueError(f"'{args.resume}' was trained on other data than '{data.name}'.")
+    if info.get("fingerprint", data.fingerprint) != data.fingerprint:
+        raise ValueError(f"'{args.resume}' was trained on other data than '{data.name}': on "
+                         f"{info['data']}. Pass those by --data, or train anew.")
 
     shared = (cfg.batch_size, cfg.rec_images, cfg.ddpm_images)
     if any(n % WORLD for n in shared):
@@ -209,7 +212,9 @@ def provenance(args, data, data_arg):
     commit = subprocess.run("git rev-parse --short HEAD", shell=True, errors="replace",
                             capture_output=True, cwd=Path(__file__).parent)
     return {"data": data.name,
-            "data_arg": data_arg,
+            "data_arg": os.path.abspath(data_arg) if os.path.isfile(data_arg) else data_arg,
+            "fingerprint": data.fingerprint,
+            "image_size": data.image_shape[1],
             "size": args.size or "small",
             "method": "paper" if args.paper else "recipe",
             "frozen": args.freeze_ivae,
@@ -334,7 +339,7 @@ def build(cfg, device, ivae=None):
 
 def restore(content, model, ema, optimizers):
     """Put a checkpoint's content back; returns the step to go on from. Many errors, if it fails."""
-    for key in ("data_arg", "size", "method", "frozen"):
+    for key in ("data_arg", "fingerprint", "size", "method", "frozen"):
         if key not in content["info"]:
             raise ValueError(f"its info lacks {key}")
     steps = ema.module.cfg.steps
@@ -522,7 +527,7 @@ def validate(cfg, model, data, n=4096, size=256):
 
 
 def describe(cfg, data, device, model):
-    """The first line: what runs, on what, and how much of it."""
+    """The first lines: what runs, on what, and how much of it; what the data hold."""
     info = model.info
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     where = f"{device.type}, {torch.get_num_threads()} threads"
@@ -530,9 +535,13 @@ def describe(cfg, data, device, model):
         where = torch.cuda.get_device_name(device)
     frozen = f", frozen iVAE of {info['frozen']}" if info["frozen"] else ""
     prior = "N(0, 1)" if cfg.model == "vae" else cfg.prior
+    factors = [f"{name} {len(values)} ({values[0]} to {values[-1]})"
+               for name, values in zip(data.factor_names, data.values)]
     return (f"{where}, ranks {WORLD}, size {info['size']}, method {info['method']}{frozen}: "
             f"{cfg.model}, prior {prior}, u {cfg.u}; {data.name}; {millions:.2f} M "
-            f"parameters; {cfg.steps} steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs")
+            f"parameters; {cfg.steps} steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs\n"
+            f"{len(data):,} images {data.image_shape}; factors: "
+            f"{', '.join(factors) or 'none'}; u: {data.u.shape[1] or 'no'} columns\n{data.note}")
 
 
 def draw_losses(path, records):
@@ -590,21 +599,22 @@ def prepare(args):
     ValueError, OSError or ImportError where the input is wrong; nothing is made yet.
     """
     device = pick_device(args.device, LOCAL_RANK)
-    import_torchvision()                                   # pictures need it, at the end
 
     # what goes before: the run's own checkpoint, or another's iVAE that stays as it is
-    content, ivae, before = None, None, {}
+    content, ivae, before = None, None, {"data_arg": "shapes3d"}
+    origin = args.resume or args.freeze_ivae
     if args.resume:
         content = read_checkpoint(args.resume, device)
         before = content["info"]
     check_flags(args)
     if args.freeze_ivae or before.get("frozen"):
-        ivae = load_checkpoint(args.resume or args.freeze_ivae, device)
+        ivae = load_checkpoint(origin, device)
         before = ivae.info
 
     # data
-    data_arg = args.data or str(before.get("data_arg", "shapes3d"))
-    data = load_data(data_arg, device, partial(evaluate.progress, disable=RANK > 0))
+    data_arg = args.data or evaluate.find_data(before, origin or "")
+    size = getattr(args, "image_size", before.get("image_size"))
+    data = load_data(data_arg, device, partial(evaluate.progress, disable=RANK > 0), size)
 
     # config
     if content:
@@ -613,7 +623,8 @@ def prepare(args):
     else:
         cfg = make_config(args, data, ivae)
         info = provenance(args, data, data_arg)
-    check_fit(cfg, data, args)
+        evaluate.warn_of_other_data(data, before, origin)
+    check_fit(cfg, info, data, args)
     return content, ivae, data, cfg, info
 
 

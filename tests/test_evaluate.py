@@ -394,3 +394,46 @@ def test_blur_and_grain_show_where_a_wrong_geometry_does_not(shapes3d):
     sharp = evaluate.laplacian(x)
     assert (evaluate.laplacian(blurred) < 0.7 * sharp).all()
     assert (evaluate.laplacian(grainy) > 1.5 * sharp).all()
+
+
+# ---- which data ----
+
+
+def test_data_are_found_beside_the_checkpoint_and_else_both_are_named(tmp_path, monkeypatch):
+    data = small_grid(tmp_path / "grid.npz")
+    path = write_checkpoint(tmp_path / "run", data)
+    (tmp_path / "grid.npz").rename(tmp_path / "run" / "grid.npz")
+    evaluate.main([str(path), "--n", "60", "--no-dci"])
+    (tmp_path / "run" / "grid.npz").unlink()
+    with pytest.raises(SystemExit) as error:
+        evaluate.main([str(path), "--n", "60", "--no-dci"])
+    text = str(error.value)
+    assert "--data" in text and str(path) in text and data in text and "\n" not in text
+
+
+def test_other_data_than_trained_on_are_told_in_a_line_and_never_share_a_column(tmp_path, capsys):
+    data = small_grid(tmp_path / "grid.npz")
+    path = write_checkpoint(tmp_path / "run", data)
+    content = torch.load(path, weights_only=True)
+    content["info"] |= {"fingerprint": load_data(data).fingerprint, "data": load_data(data).name}
+    torch.save(content, path)
+    evaluate.main([str(path), "--n", "60", "--no-dci"])
+    assert "warning" not in capsys.readouterr().err
+    first = path.with_name("metrics.json").rename(tmp_path / "a.json")
+
+    with np.load(data) as arrays:
+        np.savez(data, images=arrays["images"], factors=arrays["factors"][::-1])
+    evaluate.main([str(path), "--n", "60", "--no-dci"])
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(told) == 1 and "trained on" in told[0] and "ckpt.pt" in told[0]
+    reports = [json.loads(name.read_text()) for name in (first, path.with_name("metrics.json"))]
+    assert reports[0]["fingerprint"] != reports[1]["fingerprint"]
+    evaluate.main([str(first), str(path.with_name("metrics.json"))])
+    text = capsys.readouterr().out
+    assert text.count("Table 2") == 2 and "n = 2" not in text
+
+
+def test_data_without_factors_are_told_what_they_cannot_have(runs, tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((9, 16, 16), np.uint8))
+    with pytest.raises(SystemExit, match="MIG, MCC, DCI and modularity need factors"):
+        evaluate.main([str(runs[0]), "--data", str(tmp_path / "a.npz")])

@@ -1032,10 +1032,19 @@ def write_bad(kind, path):
         path.write_bytes(content)
     else:
         arrays = {
-            "no images": dict(factors=factors), "no factors": dict(images=images),
-            "float images": good | dict(images=images / 255.0),
+            "no images": dict(factors=factors),
+            "negative images": good | dict(images=images / 255.0 - 0.5),
+            "bright images": good | dict(images=images * np.uint16(200)),
+            "nan images": good | dict(images=np.full((8, 16, 16, 3), np.nan)),
             "flat images": good | dict(images=images.reshape(8, -1)),
-            "flat factors": good | dict(factors=factors[:, 0]),
+            "oblong images": good | dict(images=images[:, :8]),
+            "channels first": good | dict(images=images.transpose(0, 3, 1, 2)),
+            "two channels": good | dict(images=images[..., :2]),
+            "four channels": good | dict(images=images[..., [0, 1, 2, 2]]),
+            "names": good | dict(factor_names=["a", "b"]),
+            "one name": dict(images=images, factors=np.eye(8), factor_names=["a"] * 8),
+            "short u": good | dict(u=np.ones(5)), "nan u": good | dict(u=np.full(8, np.nan)),
+            "text u": good | dict(u=np.array(["a"] * 8)),
             "fewer factors": good | dict(factors=factors[:5]),
             "no rows": dict(images=images[:0], factors=factors[:0]),
             "nan factors": good | dict(factors=np.full((8, 1), np.nan)),
@@ -1055,8 +1064,9 @@ def write_bad(kind, path):
 
 @pytest.mark.parametrize("kind", [
     "empty", "text", "npy", "pickle", "h5 truncated", "h5 damaged", "npz truncated", "npz damaged",
-    "no images", "no factors", "float images", "flat images", "flat factors", "fewer factors",
-    "no rows", "nan factors", "text factors", "bytes factors",
+    "no images", "negative images", "bright images", "nan images", "flat images", "oblong images",
+    "channels first", "two channels", "four channels", "names", "one name", "short u", "nan u",
+    "text u", "fewer factors", "no rows", "nan factors", "text factors", "bytes factors",
     "object factors", "h5 folder"])
 def test_bad_data_file_gives_one_line(tmp_path, kind):
     path = tmp_path / "bad data"
@@ -1064,6 +1074,133 @@ def test_bad_data_file_gives_one_line(tmp_path, kind):
     with pytest.raises(ValueError) as error:
         idiff.load_data(str(path))
     assert str(path) in one_line(error)
+
+
+@pytest.mark.parametrize("arrays, remedy", [
+    (dict(images=numbered_images(2).transpose(0, 3, 1, 2)), "images.transpose(0, 2, 3, 1)"),
+    (dict(images=numbered_images(2, channels=4)), "images[..., :3]"),
+    (dict(images=numbered_images(2), factors=np.array(["a", "b"])), "np.unique"),
+    (dict(images=numbered_images(2), factors=[[0], ["a"]]), "np.unique"),
+    (dict(images=numbered_images(2), u=["a", "b"]), "u are (2, 1) <U1"),
+    (dict(images=numbered_images(2), factors=[1, 2], factor_names=["a", "b"]), "1 different name"),
+    (dict(images=numbered_images(2) - 0.5), "-0.5 to 254.5"),
+    (dict(imags=numbered_images(2), u=[1, 2]), "no array images")])
+def test_refusal_of_an_array_tells_the_remedy(tmp_path, arrays, remedy):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError) as error:
+        idiff.load_data(str(tmp_path / "a.npz"))
+    assert remedy in one_line(error) and "a.npz" in one_line(error)
+
+
+@pytest.mark.parametrize("name, write", [
+    ("a.npy", lambda path: np.save(path, numbered_images(4))),
+    ("a.csv", lambda path: path.write_text("file,factor\na.png,1\n")),
+    ("a.npz", lambda path: np.savez(path, images=np.array([{}], object))),
+    ("b.npz", lambda path: path.write_bytes(b"PK"))])
+def test_no_librarys_words_reach_the_user(tmp_path, name, write):
+    write(tmp_path / name)
+    with pytest.raises(ValueError) as error:
+        idiff.load_data(str(tmp_path / name))
+    assert "np.savez" in one_line(error) and name in one_line(error)
+    assert not any(word in one_line(error) for word in ("allow_pickle", "context manager", "zip"))
+
+
+@pytest.mark.parametrize("change", [
+    lambda images: images / 255, lambda images: images.astype(float),
+    lambda images: (images / 255).astype(np.float32), lambda images: images.astype(np.int64),
+    lambda images: images.astype(">u2")])
+def test_images_of_any_type_are_shown_alike(tmp_path, change):
+    images = numbered_images(4)
+    images[0, 0, 0] = 255
+    np.savez(tmp_path / "a.npz", images=change(images))
+    check_images(idiff.load_data(str(tmp_path / "a.npz")), images)
+
+
+def test_what_is_white_is_seen_from_the_brightest_pixel_and_told(tmp_path):
+    images = numbered_images(4) % 2
+    for kind in (np.uint8, bool):
+        np.savez(tmp_path / "a.npz", images=images.astype(kind))
+        data = idiff.load_data(str(tmp_path / "a.npz"))
+        check_images(data, images * 255)
+        assert "1 is white" in data.note
+
+
+def test_images_of_other_sizes_are_resized(tmp_path):
+    images = np.repeat(np.arange(0, 256, 85, dtype=np.uint8), 28 * 28).reshape(4, 28, 28)
+    np.savez(tmp_path / "a.npz", images=images)
+    for size, side in ((None, 32), (16, 16), (64, 64)):
+        data = idiff.load_data(str(tmp_path / "a.npz"), image_size=size)
+        x = data.images(torch.arange(4))
+        assert x.shape == (4, 1, side, side) and data.image_shape == x.shape[1:]
+        torch.testing.assert_close(x[:, 0, 0, 0], torch.tensor([-1, -1 / 3, 1 / 3, 1]))
+        assert f"{side} x {side}" in data.note
+    board = np.indices((2, 64, 64)).sum(axis=0).astype(np.uint8) % 2 * 255
+    np.savez(tmp_path / "a.npz", images=board)
+    x = idiff.load_data(str(tmp_path / "a.npz"), image_size=16).images(torch.arange(2))
+    assert x.abs().max() < 0.1                                         # grey, no moiré
+
+
+# ---- u and factors of one's own ----
+
+
+def test_own_u_is_drawn_with_its_image_and_all_images_alike(tmp_path):
+    u = np.random.default_rng(0).normal(3, 5, (7, 2))
+    np.savez(tmp_path / "a.npz", images=numbered_images(7), u=u)
+    data = idiff.load_data(str(tmp_path / "a.npz"))
+    rows, drawn = data.draw(70_000, rng(), "own")
+    expected = ((u - u.mean(axis=0)) / u.std(axis=0))[rows]
+    torch.testing.assert_close(drawn, torch.from_numpy(expected).float())
+    counts = torch.bincount(rows, minlength=7).double()
+    assert (counts - 10_000).abs().max() < 5 * 100 and data.factor_names == ()
+
+
+def test_u_of_one_column_or_none_that_varies(tmp_path):
+    np.savez(tmp_path / "a.npz", images=numbered_images(4), u=np.ones(4))
+    _, u = idiff.load_data(str(tmp_path / "a.npz")).draw(9, rng(), "own")
+    assert u.shape == (9, 1) and not u.any()
+
+
+def test_names_of_factors_are_those_of_the_file(tmp_path):
+    import h5py
+    arrays = dict(images=numbered_images(4), factors=np.arange(8).reshape(4, 2))
+    np.savez(tmp_path / "a.npz", **arrays, factor_names=["größe", "b"])
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+        file["factor_names"] = ["größe", "b"]
+    for name in ("a.npz", "a.h5"):
+        assert idiff.load_data(str(tmp_path / name)).factor_names == ("größe", "b")
+
+
+def test_a_factor_may_be_a_number_without_end(tmp_path):
+    """Then no modulated draw tells of it, and its values are kept for the metrics."""
+    factors = np.random.default_rng(0).normal(size=(2000, 9))
+    np.savez(tmp_path / "a.npz", images=np.zeros((2000, 16, 16), np.uint8), factors=factors)
+    data = idiff.load_data(str(tmp_path / "a.npz"))
+    assert data.factor_sizes == (2000,) * 9 and len(data.varied) == 0
+    index = data.factors(torch.arange(2000))[:, 4]
+    assert np.array_equal(data.values[4][index], factors[:, 4])
+
+
+# ---- fingerprints ----
+
+
+def test_fingerprint_tells_any_change_of_what_is_stored(tmp_path):
+    good = dict(images=numbered_images(300), factors=np.arange(300)[:, None], u=np.arange(300.0))
+    other = numbered_images(300)
+    other[299] = 0
+    seen = set()
+    for change in ({}, {}, dict(images=other), dict(factors=good["factors"][::-1]),
+                   dict(u=good["u"] + 1), dict(factors=good["factors"].astype(float)),
+                   dict(images=good["images"] / 255)):
+        np.savez(tmp_path / "a.npz", **(good | change))
+        seen.add(idiff.load_data(str(tmp_path / "a.npz")).fingerprint)
+        seen.add(idiff.load_data(str(tmp_path / "a.npz"), image_size=32).fingerprint)
+    assert len(seen) == 6
+
+
+def test_replicas_are_marked_by_name_and_version(shapes3d):
+    assert "shapes3d" in shapes3d.fingerprint != idiff.load_data("dsprites").fingerprint
 
 
 def test_data_larger_than_memory_give_one_line(tmp_path):

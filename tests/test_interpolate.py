@@ -4,6 +4,7 @@
     python -m pytest tests/test_interpolate.py
     python -m pytest tests/test_interpolate.py -k swap
 """
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -293,3 +294,42 @@ def test_a_wrong_checkpoint_is_told_in_one_line(tmp_path):
     run = subprocess.run([sys.executable, ROOT / "interpolate.py", tmp_path / "ckpt.pt"],
                          capture_output=True, text=True)
     assert run.returncode == 1 and len(run.stderr.splitlines()) == 1 and not run.stdout
+
+
+# ---- pictures of any kind, latents without factors ----
+
+
+def test_pictures_of_16_bits_and_transparent_ones_are_seen_as_they_look(tiny_npz, tmp_path):
+    data = load_data(tiny_npz)
+    half = np.full((16, 16), 32896, np.uint16)
+    Image.fromarray(half).save(tmp_path / "grey.png")
+    x = interpolate.read_image(str(tmp_path / "grey.png"), data)
+    assert x.shape == (3, 16, 16) and x.abs().max() < 0.01
+    clear = np.zeros((16, 16, 4), np.uint8)
+    Image.fromarray(clear, "RGBA").save(tmp_path / "clear.png")
+    assert (interpolate.read_image(str(tmp_path / "clear.png"), data) == 1).all()
+    for mode in ("P", "CMYK", "LA", "1"):
+        path = tmp_path / f"{mode}.tiff"
+        Image.new("RGB", (40, 20), "red").convert(mode if mode != "LA" else "L").save(path)
+        assert interpolate.read_image(str(path), data).shape == (3, 16, 16)
+
+
+def test_pictures_without_one_meaning_are_refused(tiny_npz, tmp_path):
+    data = load_data(tiny_npz)
+    Image.fromarray(np.ones((16, 16), np.float32)).save(tmp_path / "a.tiff")
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    for name in ("a.tiff", "a.gif"):
+        with pytest.raises(ValueError, match=f"{name}.*PNG"):
+            interpolate.read_image(str(tmp_path / name), data)
+
+
+def test_information_is_that_of_gaussians():
+    """Latent 0 takes its sign from u, latent 1 its scale, latent 2 nothing."""
+    u = torch.arange(1000) % 2 * 2.0 - 1
+    eps = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+    mean = torch.stack([10 * u, 0 * u, 0 * u], dim=1)
+    std = torch.stack([u**2, (2 * u).exp(), u**2], dim=1)
+    told = interpolate.information(mean + std * eps, torch.distributions.Normal(mean, std))
+    assert told[0] == pytest.approx(math.log(2), abs=1e-3) and told[2].abs() < 1e-5
+    assert 0.2 < told[1] < math.log(2)

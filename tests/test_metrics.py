@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import (correlation, dci, dci_of_importance, factorvae_score, match, mcc, mig,
+from evaluate import (correlation, dci, dci_of_importance, match, mcc, mig,
                       mig_per_factor, modularity, modularity_of_information, mutual_information)
 
 SCORES = (mig, mcc, modularity)
@@ -165,14 +165,6 @@ def test_perfect_code_is_perfect_for_every_metric():
     assert [score(codes, factors) for score in SCORES] == pytest.approx([1, 1, 1])
     assert dci(codes, factors) == pytest.approx(
         {"disentanglement": 1, "completeness": 1, "informativeness": 1}, abs=1e-6)
-    assert factorvae_score(codes, factors) == 1
-
-
-def test_factorvae_score_of_noise():
-    factors = grid((4, 4), 200)
-    order = np.random.default_rng(0).permutation(len(factors))
-    noise = np.random.default_rng(1).normal(size=(len(factors), 2))
-    assert factorvae_score(noise, factors[order]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_cyclic_factor_keeps_mig_but_not_mcc():
@@ -199,7 +191,6 @@ def test_all_latents_dead(perfect):
     factors = perfect[1]
     assert [score(np.ones((100, 3)), factors) for score in SCORES] == [0, 0, 0]
     assert dci(np.ones((100, 3)), factors)["disentanglement"] == 0
-    assert factorvae_score(np.ones((100, 3)), factors) == 0
 
 
 def test_near_constant_float32_column(perfect):
@@ -267,3 +258,40 @@ def test_bad_input_is_one_clear_line(codes, factors, message):
         with pytest.raises(ValueError, match=message) as error:
             score(codes, factors)
         assert "\n" not in str(error.value)
+
+
+# ---- factors that are numbers ----
+
+NUMBERS = np.random.default_rng(0).uniform(-1, 1, (2000, 3))
+
+
+def test_metrics_of_numbers_are_those_of_a_perfect_code():
+    for score, least in ((mig, 0.95), (modularity, 0.99), (mcc, 1 - 1e-9)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert score(NUMBERS, NUMBERS) > least
+        assert bool(told) == (score is not mcc)
+        assert all("is a number" in str(warning.message) for warning in told)
+
+
+@pytest.mark.filterwarnings("ignore:factor")
+def test_numbers_are_binned_as_asked():
+    """Into n_bins equal bins: then the metrics are those of the bins themselves."""
+    bins = np.floor((NUMBERS - NUMBERS.min(axis=0)) / np.ptp(NUMBERS, axis=0) * 8).clip(max=7)
+    codes = NUMBERS + np.random.default_rng(1).normal(0, 0.2, NUMBERS.shape)
+    assert mig(codes, NUMBERS, n_bins=8) == pytest.approx(mig(codes, bins, n_bins=8))
+    assert modularity(codes, NUMBERS, n_bins=8) == pytest.approx(modularity(codes, bins, n_bins=8))
+
+
+@pytest.mark.filterwarnings("ignore:factor")
+def test_dci_of_numbers_ends():
+    scores = dci(NUMBERS[:300], NUMBERS[:300], n_bins=4)
+    assert scores["disentanglement"] > 0.9 and scores["informativeness"] > 0.9
+
+
+def test_classes_are_never_binned():
+    """Forty values in 200 rows, or few values in few rows."""
+    for factors in (np.arange(200)[:, None] % 40, np.arange(15)[:, None]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            mig(factors, factors)

@@ -55,7 +55,26 @@ def test_readme_commands_and_blocks_run_in_order(tmp_path, monkeypatch, shapes3d
     exec(block_after("## Your data"), {})
     monkeypatch.undo()
     data = idiff.load_data(str(tmp_path / "my.npz"))
-    assert data.factor_sizes == (4, 3, 2) and data.image_shape == (3, 16, 16)
+    assert data.factor_sizes == (13, 13) and data.image_shape == (1, 16, 16)
+    rows = torch.arange(0, 6000, 7)
+    down, across = data.factors(rows).T
+    expected = -torch.ones(len(rows), 1, 16, 16)
+    for image, i, j in zip(expected, down, across):
+        image[0, i:i + 4, j:j + 4] = 1
+    assert torch.equal(data.images(rows), expected) and data.u.shape == (6000, 20)
+
+
+def test_example_of_ones_own_u_trains_and_is_measured(tmp_path, monkeypatch):
+    """README's own command on README's own file, with fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    exec(block_after("## Your data"), {})
+    [flags] = [flags for script, *flags in readme_commands()
+               if script == "train.py" and "my.npz" in flags and "ivae" in flags]
+    train.main([*flags, "--steps", "2", "--width", "8", "--device", "cpu", "--out", "run"])
+    assert idiff.load_checkpoint("run/ckpt.pt").cfg.u == "own"
+    evaluate.main(["run/ckpt.pt", "--no-dci", "--n", "500", "--device", "cpu"])
+    report = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert report["data"].startswith("my.npz") and 0 <= report["metrics"]["mig"] <= 1
 
 
 # ---- the five hacks ----

@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import idiff
+import interpolate
 import train
 from conftest import ROOT, TINY, same
 from idiff import Config, load_checkpoint, read_checkpoint, save_checkpoint
@@ -594,13 +596,100 @@ def test_a_term_of_no_weight_may_overflow(tmp_path, tiny_npz, monkeypatch):
         train.main([*argv, "--kl-reverse", "1", "--out", str(tmp_path / "other")])
 
 
-def test_a_torchvision_made_for_another_torch_is_told_before_the_training(tmp_path):
+def test_no_torchvision_is_needed(tmp_path, tiny_npz):
+    """One made for another torch raises as it is imported."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(
         'raise RuntimeError("operator torchvision::nms does not exist")')
-    done = subprocess.run([sys.executable, "train.py", "--device", "cpu", "--out",
-                           str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "torchvision::nms" in done.stderr and "pip install" in done.stderr
-    assert not (tmp_path / "run").exists()
+    argv = [*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
+# ---- data of one's own ----
+
+
+def write_own(path, **arrays):
+    """Images of 28 x 28 grey pixels, and what else is given."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    np.savez(path, **{"images": images} | arrays)
+    return str(path)
+
+
+def test_own_u_trains_and_draws_without_factors(tmp_path, capsys):
+    """28 x 28 grey as it is; u by default the file's; latents by what they tell of it."""
+    u = np.eye(4)[np.arange(40) % 4]
+    out, path = tmp_path / "run", write_own(tmp_path / "a.npz", u=u)
+    train.main([*TINY, "--data", path, "--steps", "2", "--out", str(out)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "40 images (1, 32, 32); factors: none; u: 4 columns" in lines[1]
+    assert "28, 28" in lines[2] and "32 x 32" in lines[2]
+    cfg = config_of(out)
+    assert (cfg["u"], cfg["n_u"], cfg["n_factors"], cfg["image_size"]) == ("own", 4, 0, 32)
+    assert "contrast" in steps_of(out)[0]
+    interpolate.main([str(out / "ckpt.pt"), "--columns", "2", "--steps", "1", "--device", "cpu"])
+    assert {"z0", "z1", "z2"} == set(capsys.readouterr().out.split(";")[0].split(", "))
+    train.main(["--resume", str(out / "ckpt.pt"), "--device", "cpu"])
+    train.main([*UNET, "--freeze-ivae", str(out / "ckpt.pt"), "--steps", "1",
+                "--out", str(tmp_path / "frozen")])
+
+
+def test_own_u_beside_factors_is_the_default_and_can_be_left(tmp_path):
+    path = write_own(tmp_path / "a.npz", u=np.arange(40.0), factors=np.arange(40) % 5)
+    for name, flags in {"own": [], "var": ["--u", "var"]}.items():
+        train.main([*TINY, "--data", path, *flags, "--model", "ivae", "--steps", "1",
+                    "--out", str(tmp_path / name)])
+        assert config_of(tmp_path / name)["u"] == name
+        evaluate.main([str(tmp_path / name / "ckpt.pt"), "--no-dci"])
+
+
+def test_images_alone_train_a_vae_and_nothing_else(tmp_path, capsys):
+    path = write_own(tmp_path / "a.npz")
+    train.main([*TINY, "--data", path, "--model", "vae", "--steps", "1",
+                "--out", str(tmp_path / "vae")])
+    out = tmp_path / "run"
+    for flags in ([], ["--u", "own"], ["--u", "var"]):
+        text = refusal([*TINY, "--data", path, *flags, "--out", str(out)], capsys)
+        assert "--model vae" in text and not out.exists()
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--prior", "known"], "--prior full"), (["--prior", "diagonal"], "--prior full"),
+    (["--image-size", "20"], "multiple of 16"), (["--u", "mean+var"], "--u mean+var")])
+def test_what_does_not_go_with_own_u_is_refused(tmp_path, capsys, flags, word):
+    path = write_own(tmp_path / "a.npz", u=np.arange(40.0))
+    assert word in refusal([*TINY, "--data", path, *flags, "--out", str(tmp_path / "run")], capsys)
+
+
+def test_image_size_resizes_files_alone(tmp_path, capsys):
+    path = write_own(tmp_path / "a.npz", u=np.arange(40.0))
+    train.main([*TINY, "--data", path, "--image-size", "16", "--steps", "1",
+                "--out", str(tmp_path / "run")])
+    assert config_of(tmp_path / "run")["image_size"] == 16
+    train.main(["--resume", str(tmp_path / "run" / "ckpt.pt"), "--device", "cpu"])
+    text = refusal([*TINY, "--data", "dsprites", "--image-size", "16"], capsys)
+    assert "--image-size" in text and "64" in text
+
+
+def test_first_lines_tell_what_the_data_hold(tmp_path, capsys):
+    factors = np.stack([np.arange(40) % 4, (np.arange(40) % 5) / 2], axis=1)
+    path = write_own(tmp_path / "a.npz", factors=factors, factor_names=["shape", "size"])
+    train.main([*TINY, "--data", path, "--steps", "1", "--out", str(tmp_path / "run")])
+    line = capsys.readouterr().out.splitlines()[1]
+    assert "40 images (1, 32, 32)" in line and "u: no" in line
+    assert "shape 4 (0.0 to 3.0)" in line and "size 5 (0.0 to 2.0)" in line
+
+
+def test_resuming_on_changed_data_is_refused_and_a_moved_folder_goes_on(tmp_path, capsys,
+                                                                        monkeypatch):
+    """A relative path holds where the run was started; a changed file is not the run's."""
+    monkeypatch.chdir(tmp_path)
+    write_own("a.npz", factors=np.arange(40) % 5)
+    train.main([*TINY, "--data", "a.npz", "--steps", "1", "--out", "run"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.main(["--resume", "../run/ckpt.pt", "--device", "cpu"])
+    write_own("../a.npz", factors=np.arange(40)[::-1] % 5)
+    assert "other data" in refusal(["--resume", "../run/ckpt.pt", "--device", "cpu"], capsys)
