@@ -119,9 +119,8 @@ def as_arrays(codes, factors, n_bins=None):
         a = np.asarray(a)
         if a.ndim != 2 or 0 in a.shape or len(a) < 2 or a.dtype.kind not in "buif":
             raise ValueError(f"{name} must be numbers, 2 rows or more; got {a.dtype} {a.shape}.")
-        finite = np.isfinite(a).all(axis=0)
-        if not finite.all():
-            raise ValueError(f"{name}: column {finite.argmin()} holds NaN or inf.")
+        if not np.isfinite(a).all():
+            raise ValueError(f"{name} hold NaN or inf.")
         arrays.append(a)
 
     # a row of each for every image
@@ -158,29 +157,21 @@ def mean_of(values, metric, wanted="a varying factor"):
     return float(values.mean())
 
 
-def entropy(labels):
-    """H of whole numbers from 0 on (N,), in nats."""
-    from scipy import stats
-    return stats.entropy(np.bincount(labels))
-
-
 def entropies(factors):
-    """H of each column, (K,)."""
-    return np.array([entropy(column) for column in factors.T])
+    """H of each column of whole numbers from 0 on, (K,), in nats."""
+    from scipy.stats import entropy
+    return np.array([entropy(np.bincount(column)) for column in factors.T])
 
 
 def mutual_information(codes, factors, n_bins=20):
     """I(z_i; y_j) in nats, (D, K), each latent in equal bins between its minimum and maximum."""
+    from sklearn.metrics import mutual_info_score
     codes, factors = as_arrays(codes, factors, n_bins)
     mi = np.zeros((codes.shape[1], factors.shape[1]))
-    h_factors = entropies(factors)
-
     for i, z in enumerate(codes.T):
         bins = equal_bins(z, n_bins)
-        h_bins = entropy(bins)
         for j, y in enumerate(factors.T):
-            both = bins * (y.max() + 1) + y
-            mi[i, j] = h_bins + h_factors[j] - entropy(both)
+            mi[i, j] = mutual_info_score(bins, y)
     return np.where(mi < 1e-12, 0, mi)           # rounding residue of a dead latent is no score
 
 
@@ -232,12 +223,10 @@ def modularity_of_information(mi):
     n_factors = mi.shape[1]
     if n_factors < 2:
         return mean_of([], "modularity", "two varying factors")
-    scores = np.zeros(len(mi))
-    for i, row in enumerate(mi):
-        if row.max() > 0:
-            share = row / row.max()
-            others = np.square(share).sum() - 1
-            scores[i] = 1 - others / (n_factors - 1)
+    most = mi.max(axis=1, keepdims=True)
+    share = mi / np.where(most > 0, most, 1)
+    others = np.square(share).sum(axis=1) - 1
+    scores = np.where(most[:, 0] > 0, 1 - others / (n_factors - 1), 0)
     return float(scores.mean())
 
 
@@ -314,7 +303,7 @@ def find_data(info, checkpoint):
     """Name or path of the data that a checkpoint's info tells of: where they were, or beside it."""
     # a run's folder may have moved, and the data with it
     name = str(info.get("data_arg", f"that of {checkpoint}"))
-    beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(name))
+    beside = str(Path(checkpoint).parent / Path(name).name)
     for place in (name, beside):
         if place in DATA_SETS or os.path.isfile(place):
             return place
@@ -356,9 +345,8 @@ def of_checkpoint(path, args, load=load_data):
 
     # random images of the grid, then as many modulated draws
     n = min(args.n, len(data))
-    rng = np.random.default_rng(args.seed)
-    rows = torch.from_numpy(rng.choice(len(data), n, replace=False)).to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
+    rows = torch.randperm(len(data), generator=generator, device=device)[:n]
     drawn, u = data.draw(min(n, N_SCORES), generator, cfg.u, cfg.u_scale)
     codes, samples = encode(model, data, torch.cat([rows, drawn]), args.seed)
     factors = data.factors(rows).cpu().numpy()
@@ -371,8 +359,10 @@ def of_checkpoint(path, args, load=load_data):
         u = u[:, -len(data.varied):].cpu().numpy()
         draws = {"encoder_on_draws": (codes[n:], factors_drawn), "u_on_draws": (u, factors_drawn)}
 
+    kind = "means" if cfg.latent == "gaussian" else "modes"
     info = {"data": data.name, "fingerprint": data.fingerprint, "model": cfg.model,
-            "config": vars(cfg), "weights": "EMA", "training": model.info}
+            "codes": f"{kind} of q(z|x), averaged weights", "config": vars(cfg),
+            "training": model.info}
     if args.generate:
         info["generation"] = generation(model, data, rows, codes[:n], args)
     return {"codes": codes[:n], "samples": samples[:n], "factors": factors,
@@ -394,7 +384,7 @@ def of_codes(path, args):
     rows = np.random.default_rng(args.seed).permutation(len(codes))[:args.n]
     names = [f"factor {j}" for j in range(factors.shape[1])]
     info = {"data": f"factors of {path.name} {fingerprint(factors)[:8]}", "model": "codes",
-            "config": {}}
+            "codes": "as they are", "config": {}}
     return {"codes": codes[rows], "samples": codes[rows], "factors": factors[rows],
             "names": names, "info": info, "draws": {}}
 
@@ -436,18 +426,16 @@ def train_reader(data, seed, steps=600):
         return logits(x).argmax(dim=1)
 
     # on images that it was not trained on
-    right = []
-    for part in rows[:n_test].split(500):
-        right.append(read(data.images(part)) == data.factors(part)[:, data.varied])
-    return read, torch.cat(right).double().mean(dim=0)
+    test = rows[:n_test]
+    right = read(data.images(test)) == data.factors(test)[:, data.varied]
+    return read, right.double().mean(dim=0)
 
 
 def laplacian(x):
     """Mean squared Laplacian of images, (B,): small where they are blurred, large where grainy."""
-    middle = x[:, :, 1:-1, 1:-1]
-    across = x[:, :, 1:-1, 2:] + x[:, :, 1:-1, :-2]
-    upright = x[:, :, 2:, 1:-1] + x[:, :, :-2, 1:-1]
-    return squares(across + upright - 4 * middle)
+    kernel = x.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    channels = x.flatten(0, 1)[:, None]                        # (B C, 1, H, W)
+    return squares(F.conv2d(channels, kernel[None, None]).view(len(x), -1))
 
 
 def nearest_error(images, data, rows):
@@ -541,7 +529,7 @@ def generation(model, data, rows, codes, args):
 
 # ---- The report ----
 
-# It is a dict: "metrics" and, for comparison, "noise_floor", "active", "..._on_draws", each with
+# It is a dict: "metrics" and, for comparison, "noise_floor" and "..._on_draws", each with
 # the names of NAMES as keys; "per_factor"; what a checkpoint says of itself; "generation".
 
 def four(codes, factors, importance=None):
@@ -558,9 +546,6 @@ def measure(s, args):
     codes, factors = s["codes"], s["factors"]
     std = codes.std(axis=0)
 
-    # a collapsed latent is not constant, and equal bins stretch what is left of it
-    active = std >= 0.05 * std.max()
-
     # metrics that take more rows than the standard
     scores = dict.fromkeys(NAMES, np.nan)
     importance = None
@@ -574,7 +559,6 @@ def measure(s, args):
     if len(codes) <= N_DCI:
         codes, noise, factors = codes[:N_SCORES], noise[:N_SCORES], factors[:N_SCORES]
     scores.update(four(codes, factors, importance))
-    among_active = None if importance is None else importance[active]
 
     # which latent knows which factor
     mi = mutual_information(codes, factors)
@@ -591,10 +575,9 @@ def measure(s, args):
 
     return {**s["info"], "metrics": scores,
             "noise_floor": four(noise, factors),
-            "active": four(codes[:, active], factors, among_active),
             **{name: four(*pair) for name, pair in s["draws"].items()},
-            "per_factor": per_factor, "n": len(codes), "n_active": active.sum(),
-            "latent_std": std, "mi_over_h": share}
+            "per_factor": per_factor, "n": len(codes),
+            "n_active": (std >= 0.05 * std.max()).sum(), "latent_std": std, "mi_over_h": share}
 
 
 def holds(path):
@@ -609,9 +592,8 @@ def holds(path):
 
 def read_report(path, args):
     """A metrics.json as it is; ValueError if it is damaged or a flag asks for more."""
-    defaults = build_parser().parse_args([str(path)])
-    for name in ("n", "generate", "no_dci", "seed", "data", "device"):
-        if getattr(args, name) != getattr(defaults, name):
+    for name, default in vars(build_parser().parse_args(["-"])).items():
+        if name not in ("paths", "out") and getattr(args, name) != default:
             raise ValueError(f"'{path}' is a report already: --{name.replace('_', '-')} needs the "
                              "checkpoint.")
     try:
@@ -639,7 +621,7 @@ def report(path, args, load=load_data):
     _, s["factors"] = as_arrays(s["codes"], s["factors"], n_bins=20)
     result["file"] = str(path)
     result["seed"] = args.seed
-    result["versions"] = {package: version(package) for package in ("torch", "scikit-learn")}
+    result["scikit-learn"] = version("scikit-learn")       # whose trees are DCI's
 
     # plain numbers; NaN is no JSON
     text = json.dumps(result, default=lambda a: a.tolist())
@@ -657,16 +639,14 @@ def write_report(result, s, folder):
 
 def table(columns):
     """A Markdown table, padded to be read as it is; floats with three digits, - for None."""
+    def text(value):
+        if isinstance(value, float):
+            return f"{value:.3f}"
+        return "-" if value is None else str(value)
+
     padded = []
     for column in columns:
-        texts = []
-        for value in column:
-            if value is None:
-                texts.append("-")
-            elif isinstance(value, float):
-                texts.append(f"{value:.3f}")
-            else:
-                texts.append(str(value))
+        texts = [text(value) for value in column]
         width = max(map(len, texts))
         texts.insert(1, "-" * width)             # below the title
         padded.append([text.ljust(width) for text in texts])
@@ -677,16 +657,11 @@ def table(columns):
 def format_report(r):
     """A report for people."""
     model = MODELS.get(r["model"], r["model"])
-    kind = "codes"
-    if r["model"] in MODELS:
-        categorical = r["config"].get("latent") in ("st", "gumbel")
-        kind = "modes (MCC by order)" if categorical else "means"
-        kind += f" of q(z|x), {r['weights']} weights"
     text = (f"{r['file']}: {model}, {len(r['latent_std'])} latents; {r['data']}\n"
-            f"{kind}, n = {r['n']:,}, seed {r['seed']}\n\n")
+            f"{r['codes']}, n = {r['n']:,}, seed {r['seed']}\n\n")
 
     # the metrics, and what to compare them with
-    titles = {"metrics": "codes", "active": f"{r['n_active']} active", "noise_floor": "noise",
+    titles = {"metrics": "codes", "noise_floor": "noise",
               "encoder_on_draws": "codes, on draws", "u_on_draws": "u alone, on draws"}
     columns = [["metric", *NAMES.values()]]
     for key, title in titles.items():
@@ -708,7 +683,8 @@ def format_report(r):
             rows.append([name, *row.values()])
         pixels = [f"{name} {value:.2g}" for name, value in made["pixels"].items()]
         text += f"{table(zip(*rows))}\n{', '.join(pixels)}\n\n"
-    return text + "std of the latents: " + " ".join(f"{std:.3f}" for std in r["latent_std"])
+    std = " ".join(f"{std:.3f}" for std in r["latent_std"])
+    return text + f"{r['n_active']} active latents, std: {std}"
 
 
 # ---- The paper's tables ----

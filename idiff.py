@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.distributions import Distribution, Normal, OneHotCategorical, kl_divergence, register_kl
+from torch.distributions import Distribution, Normal, OneHotCategorical, kl_divergence
 from torch.nn import functional as F
 
 CHECKPOINT_FORMAT = 4       # raised when what a checkpoint holds changes
@@ -149,9 +149,8 @@ class Config:
 
     @property
     def zero_means(self):
-        """Whether a learned p(z|u) has means of 0. (A learned one lets z_i fold, telling |g_i|.)"""
-        asked = self.prior_mean == "zero" or (self.prior_mean == "auto" and self.u == "var")
-        return asked and self.latent == "gaussian"
+        """Whether p(z|u) has means of 0. (A learned one lets z_i fold, telling |g_i|.)"""
+        return self.prior_mean == "zero" or (self.prior_mean == "auto" and self.u == "var")
 
     @property
     def settle_steps(self):
@@ -169,11 +168,14 @@ class Config:
 # ---- Latents ----
 
 class Gaussian(Normal):
-    """Independent Gaussian latents of a mean and a log-variance (natural log), (B, D) each."""
+    """Independent Gaussian latents of a mean and a log-variance (natural log), (B, D) each.
+
+    Log-variances end at -20 and 20, so that no ratio of variances, as in KL, leaves float32.
+    """
 
     def __init__(self, mean, logvar):
-        super().__init__(mean, (0.5 * logvar).exp())
-        self.logvar = logvar
+        self.logvar = logvar.clamp(-20, 20)
+        super().__init__(mean, (0.5 * self.logvar).exp())
 
     def detach(self):
         return Gaussian(self.mean.detach(), self.logvar.detach())
@@ -191,7 +193,7 @@ class Categories(OneHotCategorical):
     """
 
     def __init__(self, logits, temperature=1.0, hard=False):
-        super().__init__(logits=logits)
+        super().__init__(logits=logits.clamp(-40, 40))         # lest a probability underflow
         self.temperature = temperature
         self.hard = hard
 
@@ -212,20 +214,6 @@ class Categories(OneHotCategorical):
         variance = self.probs @ index.square() - mean.square()
         logvar = variance.clamp(min=1e-6).log()                # 0, but for rounding, if certain
         return self.logits.argmax(dim=-1).to(logvar), logvar
-
-
-@register_kl(Gaussian, Gaussian)
-def kl_gaussians(q, p):
-    """KL(q || p) of each latent, (B, D). Torch's own is inf where a variance underflows."""
-    difference = (q.mean - p.mean).square() * (-p.logvar).exp()
-    ratio = (q.logvar - p.logvar).exp()                        # of the variances
-    return 0.5 * (ratio + difference - 1 - q.logvar + p.logvar)
-
-
-@register_kl(Categories, Categories)
-def kl_categories(q, p):
-    """KL(q || p) of each latent, (B, D). Torch's own is inf where a probability underflows."""
-    return (q.probs * (q.logits - p.logits)).sum(dim=-1)
 
 
 def kl_loss(q, p):
@@ -270,6 +258,14 @@ def contrast_loss(z, p):
 
 # ---- Encoder and decoder ----
 
+def mlp(*widths):
+    """Linear layers from each width to the next, SiLU between them."""
+    layers = []
+    for c_in, c_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(c_in, c_out), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
 class Encoder(nn.Module):
     """q(z|x): images (B, C, H, W) -> a distribution of z, over (B, D), in float32. Never sees u."""
 
@@ -294,14 +290,11 @@ class Encoder(nn.Module):
 
         # all that is left goes into each latent's numbers
         n_out = max(2 * cfg.latent_dim, cfg.z_dim)             # mean and log-variance, or logits
-        layers += [nn.Flatten(),
-                   nn.Linear(c_in * side**2, 256),
-                   nn.SiLU(),
-                   nn.Linear(256, n_out)]
-        self.net = nn.Sequential(*layers)
+        last = mlp(c_in * side**2, 256, n_out)
+        self.net = nn.Sequential(*layers, nn.Flatten(), *last)
 
         if cfg.latent == "gaussian":                           # lest a decoder learn from noise
-            nn.init.constant_(layers[-1].bias[cfg.latent_dim:], self.LOGVAR_AT_START)
+            nn.init.constant_(last[-1].bias[cfg.latent_dim:], self.LOGVAR_AT_START)
 
     def forward(self, x):
         h = self.net(x).float()                                # (B, 2 D) or (B, D L)
@@ -314,13 +307,13 @@ class Encoder(nn.Module):
         return Categories(logits, self.temperature, hard=self.cfg.latent == "st")
 
 
-def fourier(z):
-    """z (B, D), its sines and cosines at 0.15, 0.3 and 0.6 periods a unit: (B, 7 D).
+OCTAVES = 5
 
-    A hue's colours vary fast with z, whose range is some 6 units; faster features learn later.
-    """
-    frequency = 0.3 * math.pi * 2 ** torch.arange(3, device=z.device)
-    angle = (z[:, :, None] * frequency).flatten(1)             # (B, 3 D)
+
+def fourier(z):
+    """z (B, D), sines and cosines of 0.15, 0.3 ... 2.4 periods a unit: (B, 11 D). Hues vary fast."""
+    frequency = 0.3 * math.pi * 2 ** torch.arange(OCTAVES, device=z.device)
+    angle = (z[:, :, None] * frequency).flatten(1)             # (B, 5 D)
     return torch.cat([z, angle.sin(), angle.cos()], dim=1)
 
 
@@ -358,11 +351,7 @@ class Decoder(nn.Module):
         super().__init__()
         w = cfg.width
         side = cfg.image_size // 16
-        self.latent = nn.Sequential(
-            nn.Linear(7 * cfg.z_dim, 256),
-            nn.SiLU(),
-            nn.Linear(256, 256),
-            nn.SiLU())
+        self.latent = nn.Sequential(mlp((1 + 2 * OCTAVES) * cfg.z_dim, 256, 256), nn.SiLU())
 
         # from a coarse picture up to the stem's resolution
         c_in = 2 * w
@@ -406,10 +395,12 @@ def prior_distribution(cfg, h):
     """p(z|u) of numbers h (B, n, 2 or L), n <= D; latents beyond n are N(0, 1), or uniform."""
     spare = cfg.latent_dim - h.shape[1]
     h = F.pad(h.float(), (0, 0, 0, spare))                     # (B, D, 2 or L)
-    if cfg.latent == "gaussian":
-        mean, logvar = h.unbind(dim=2)
-        return Gaussian(mean, logvar)
-    return Categories(h)
+    if cfg.latent != "gaussian":
+        return Categories(h)
+    mean, logvar = h.unbind(dim=2)
+    if cfg.zero_means:
+        mean = torch.zeros_like(mean)
+    return Gaussian(mean, logvar)
 
 
 def numbers_per_latent(cfg):
@@ -460,25 +451,16 @@ class DiagonalPrior(Prior):
 
     def __init__(self, cfg, hidden=64):
         super().__init__(cfg)
-        self.n = min(cfg.n_factors, cfg.latent_dim)            # networks, as groups of channels
-        h = self.n * hidden
-        n_out = self.n * numbers_per_latent(cfg)
-        self.net = nn.Sequential(
-            nn.Conv1d(self.n * 2, h, 1, groups=self.n),
-            nn.SiLU(),
-            nn.Conv1d(h, h, 1, groups=self.n),
-            nn.SiLU(),
-            nn.Conv1d(h, n_out, 1, groups=self.n))
+        n = min(cfg.n_factors, cfg.latent_dim)
+        self.nets = nn.ModuleList()
+        for _ in range(n):
+            self.nets.append(mlp(2, hidden, hidden, numbers_per_latent(cfg)))
 
     def forward(self, u):
         log_s, m = unpack_u(u, self.cfg)
-        by_factor = torch.stack([log_s, m], dim=2)[:, :self.n]         # (B, n, 2)
-        h = self.net(by_factor.flatten(1).unsqueeze(2))        # (B, n * (2 or L), 1)
-        h = h.view(len(u), self.n, -1)
-
-        if self.cfg.zero_means:
-            h = F.pad(h[:, :, 1:], (1, 0))
-        return prior_distribution(self.cfg, h)
+        by_factor = torch.stack([log_s, m], dim=2).unbind(dim=1)       # K of (B, 2)
+        h = torch.stack([net(own) for net, own in zip(self.nets, by_factor)], dim=1)
+        return prior_distribution(self.cfg, h)                 # of (B, n, 2 or L)
 
 
 class FullPrior(Prior):
@@ -492,12 +474,7 @@ class FullPrior(Prior):
         super().__init__(cfg)
         numbers = numbers_per_latent(cfg)
         self.linear = nn.Linear(cfg.u_dim, cfg.latent_dim * numbers)
-        self.net = nn.Sequential(
-            nn.Linear(cfg.u_dim, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, cfg.latent_dim * numbers))
+        self.net = mlp(cfg.u_dim, hidden, hidden, cfg.latent_dim * numbers)
 
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
@@ -510,8 +487,6 @@ class FullPrior(Prior):
         u = u.float()
         h = self.linear(u) + self.net(u)                       # (B, D * (2 or L))
         h = h.unflatten(1, (self.cfg.latent_dim, -1))
-        if self.cfg.zero_means:
-            h = F.pad(h[:, :, 1:], (1, 0))
         return prior_distribution(self.cfg, h)
 
 
@@ -556,14 +531,8 @@ class ScoreUNet(nn.Module):
         self.patch = cfg.patch
         self.n_freq = f // 2
         self.sees_x_hat = cfg.predict != "eps"
-        self.time = nn.Sequential(
-            nn.Linear(f, c_emb),
-            nn.SiLU(),
-            nn.Linear(c_emb, c_emb))
-        self.latent = nn.Sequential(
-            nn.Linear(7 * cfg.z_dim, c_emb),
-            nn.SiLU(),
-            nn.Linear(c_emb, c_emb))
+        self.time = mlp(f, c_emb, c_emb)
+        self.latent = mlp((1 + 2 * OCTAVES) * cfg.z_dim, c_emb, c_emb)
 
         # the stem
         c_seen = 2 * c if self.sees_x_hat else c
@@ -1050,7 +1019,7 @@ class Data:
         value = torch.arange(most, device=device)                              # (V,)
         last = self.sizes[:, None] - 1                                         # (K, 1)
         self.grid = 2 * value / last.clamp(min=1) - 1                          # (K, V)
-        self.exists = value <= last                                            # (K, V)
+        self.grid[value > last] = math.inf                                     # no such value
 
         # a grid with gaps: its rows, sorted by the number they would have on the full grid
         self.table = None
@@ -1092,7 +1061,6 @@ class Data:
         distance = (self.grid - m[:, :, None]) / s                             # (n, K, V)
         exponential = torch.empty_like(distance).exponential_(generator=generator)
         scores = -0.5 * distance.square() - exponential.log()
-        scores = scores.masked_fill(~self.exists, -math.inf)
         rows = self._pick(scores, generator)
 
         centres = m[:, self.varied] if u == "mean+var" else None

@@ -136,8 +136,7 @@ def make_config(args, data, ivae):
     if height != width:
         raise ValueError(f"images must be square, got {height} x {width}. Crop or resize them.")
 
-    # what the flags say, and what a frozen iVAE leaves no choice of
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    # what a frozen iVAE leaves no choice of
     fixed = {}
     if ivae is not None:
         fixed = {name: getattr(ivae.cfg, name) for name in IVAE}
@@ -150,16 +149,16 @@ def make_config(args, data, ivae):
     if data.u.numel() or not len(data.varied):
         values["u"] = "own"
     values.update(fixed)
-    values.update(given)
-    if given.get("image_size", height) != height:
+    values.update({f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)})
+    if values.get("image_size", height) != height:
         raise ValueError(f"--image-size resizes files; {data.name} has images of {height} pixels.")
     values.update(image_size=height, image_channels=data.image_shape[0],
                   n_factors=len(data.varied), n_u=data.u.shape[1])
     cfg = Config(**values)
 
-    wrong = [f"{name} {value}" for name, value in fixed.items() if getattr(cfg, name) != value]
-    if wrong:
-        raise ValueError(f"--freeze-ivae {args.freeze_ivae} needs {', '.join(wrong)}.")
+    for name, value in fixed.items():
+        if getattr(cfg, name) != value:
+            raise ValueError(f"--freeze-ivae {args.freeze_ivae} needs --{name} {value}.")
 
     # lengths and counts as they come out
     steps = cfg.steps or max(1, round(cfg.epochs * EPOCH / cfg.batch_size))
@@ -245,20 +244,6 @@ def read_log(out):
     return records
 
 
-def start_log(out, cfg, first_step):
-    """Begin log.jsonl with the config; of a resumed run's keep what came before first_step."""
-    records = read_log(out)
-    path = Path(f"{out}/log.jsonl")
-    path.write_text("")
-    log(out, {"config": asdict(cfg)})
-    with open(path, "a") as file:
-        for record in records:
-            step = record.get("step")
-            before = isinstance(step, int) and step <= first_step
-            if before and "validation elbo" not in record:
-                file.write(json.dumps(record) + "\n")
-
-
 # ---- Model and optimisers ----
 
 class Muon(torch.optim.Optimizer):
@@ -280,9 +265,8 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["average"] = torch.zeros_like(p)
                 average = self.state[p]["average"]
                 average.lerp_(p.grad, 1 - group["momentum"])
-                ahead = torch.lerp(p.grad, average, group["momentum"])         # Nesterov's
 
-                step = orthogonalise(ahead.flatten(1))
+                step = orthogonalise(average.flatten(1))
                 n_rows, n_columns = step.shape
                 rate = group["lr"] * max(1, n_rows / n_columns) ** 0.5
                 p.sub_(rate * step.view_as(p))
@@ -496,6 +480,7 @@ def train(cfg, data, out, args, parts, first_step):
 
             if saving and RANK == 0:
                 save_checkpoint(path, model, ema.module, config=asdict(cfg), step=done,
+                                log_size=os.path.getsize(f"{out}/log.jsonl"),
                                 n_averaged=ema.n_averaged,
                                 optimizers=[each.state_dict() for each in optimizers])
             if stopping:
@@ -512,17 +497,16 @@ def validate(cfg, model, data, n=4096, size=256):
     """
     generator = torch.Generator(data.device).manual_seed(1_000_003)
     torch.manual_seed(0)                                   # of z's noise
-    rec, kl = 0.0, 0.0
+    values = []
     for _ in range(n // size):
         rows, u = data.draw(size, generator, cfg.u, cfg.u_scale)
         x = data.images(rows)
         terms = model(x, u, t=x[:0, 0, 0, 0], eps=x[:0])   # no images for the U-Net
-        rec += float(terms["rec"]) * size / n
-        kl += float(terms["kl"]) * size / n
+        values.append(torch.stack([terms["rec"], terms["kl"]]))
+    rec, kl = torch.stack(values).mean(dim=0).tolist()
 
     # the best variance of a Gaussian decoder is its mean squared error
-    values = math.prod(data.image_shape)
-    elbo = -values / 2 * math.log(2 * math.pi * math.e * rec) - kl
+    elbo = -math.prod(data.image_shape) / 2 * math.log(2 * math.pi * math.e * rec) - kl
     return {"elbo": elbo, "rec": rec, "kl": kl}
 
 
@@ -530,14 +514,11 @@ def describe(cfg, data, device, model):
     """The first lines: what runs, on what, and how much of it; what the data hold."""
     info = model.info
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    where = f"{device.type}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
     frozen = f", frozen iVAE of {info['frozen']}" if info["frozen"] else ""
     prior = "N(0, 1)" if cfg.model == "vae" else cfg.prior
     factors = [f"{name} {len(values)} ({values[0]} to {values[-1]})"
                for name, values in zip(data.factor_names, data.values)]
-    return (f"{where}, ranks {WORLD}, size {info['size']}, method {info['method']}{frozen}: "
+    return (f"{device}, {torch.get_num_threads()} threads, ranks {WORLD}, size {info['size']}, method {info['method']}{frozen}: "
             f"{cfg.model}, prior {prior}, u {cfg.u}; {data.name}; {millions:.2f} M "
             f"parameters; {cfg.steps} steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs\n"
             f"{len(data):,} images {data.image_shape}; factors: "
@@ -558,7 +539,7 @@ def draw_losses(path, records):
 @torch.no_grad()
 def draw_samples(path, model, data, n=10):
     """samples.png: images, redrawn by decoder and diffusion."""
-    rows = torch.arange(n, device=data.device) * 7919 * 31 % len(data)         # a mixture
+    rows = torch.arange(n, device=data.device) * 245489 % len(data)            # a mixture
     x = data.images(rows)
     z, _ = model.encode(x)
     pictures = {"image": x, "decoder": model.decode(z)}
@@ -645,10 +626,14 @@ def run(args):
             raise ValueError(f"'{args.resume}' holds no state to resume from: {reason}")
 
     # folder, once nothing can be wrong, and loop
-    out = ""
+    out = os.path.dirname(args.resume or "") or "."
     if RANK == 0:                                          # no other writes
-        out = os.path.dirname(args.resume) or "." if content else make_folder(args.out, cfg)
-        start_log(out, cfg, first_step)
+        if content:
+            with open(f"{out}/log.jsonl", "a") as file:    # the steps since then are run again
+                file.truncate(content["log_size"])
+        else:
+            out = make_folder(args.out, cfg)
+            log(out, {"config": asdict(cfg)})
         print(describe(cfg, data, device, model), flush=True)
     barrier()                                              # rank 0 has found it free
     train(cfg, data, out, args, (model, ema, optimizers), first_step)
@@ -702,17 +687,6 @@ def open_study(args, out):
                                load_if_exists=True)
 
 
-def revive_trials(study, out):
-    """Queue again the trials whose worker was killed: running, but silent for 15 minutes."""
-    from optuna.trial import TrialState
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        path = Path(f"{out}/trial-{trial.number:03d}/log.jsonl")
-        seen = path.stat().st_mtime if path.exists() else trial.datetime_start.timestamp()
-        if time.time() - seen > 900:
-            study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
-
-
 def search(args):
     """Trials until none is left; workers started alike, at once or later, share the study."""
     if not args.search or args.resume or WORLD > 1:
@@ -732,9 +706,6 @@ def search(args):
 
     # the study, shared with other workers
     study = open_study(args, out)
-    revive_trials(study, out)
-
-    # the sampler comes after tell, which grids forbid
     grid = args.search == "grid"
     if grid:
         study.sampler = optuna.samplers.GridSampler(space, seed=0)

@@ -78,7 +78,7 @@ class Peer(nn.Module):
         c = cfg.image_channels
         c = 2 * c if self.sees_x_hat else c
         self.net, c_emb, self.call = make(c, c, width)
-        self.latent = nn.Sequential(nn.Linear(7 * cfg.latent_dim, c_emb), nn.SiLU(),
+        self.latent = nn.Sequential(nn.Linear(11 * cfg.latent_dim, c_emb), nn.SiLU(),
                                     nn.Linear(c_emb, c_emb))
 
     def forward(self, x_t, t, z, x_hat):

@@ -271,7 +271,8 @@ def test_kl_is_the_closed_form_of_two_gaussians():
 
 def test_kl_of_gaussians_is_finite_where_a_variance_underflows():
     zero = torch.zeros(1, 1)
-    assert kl_loss(Gaussian(zero, zero - 200), Gaussian(zero, zero)).item() == 0.5 * (200 - 1)
+    for q, p in ((-200, 0), (0, -200), (200, -200)):
+        assert kl_loss(Gaussian(zero, zero + q), Gaussian(zero, zero + p)).isfinite()
 
 
 def test_kl_is_zero_only_for_equal_gaussians():
@@ -372,7 +373,7 @@ def stub(unet=lambda x_t, t, z, x_hat: 0 * x_t, decoder=None, **changes):
     """A model with q(z|x) = N(mean of x, 0), p(z|u) = N(u, 1) and these networks."""
     def encoder(x):
         mu = x.mean(dim=(1, 2, 3))[:, None].repeat(1, 3)
-        return Gaussian(mu, torch.full_like(mu, -60.0))
+        return Gaussian(mu, torch.full_like(mu, -20.0))
     model = IDiff(Config(**{"predict": "eps", **SMALL, **changes}))
     model.encoder = Call(encoder)
     model.prior = Call(lambda u: Gaussian(u, torch.zeros_like(u)))
@@ -395,7 +396,7 @@ def test_losses_are_means_over_batch_channels_and_pixels():
     assert terms["rec"].item() == pytest.approx((x.numpy() ** 2).sum() / values, rel=1e-5)
     assert terms["ddpm"].item() == pytest.approx(ddpm / values, rel=1e-5)
     mu = x.mean(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0]
-    kl = kl_divergence(Normal(mu, math.exp(-30)), Normal(u, 1.0)).sum() / 4
+    kl = kl_divergence(Normal(mu, math.exp(-10)), Normal(u, 1.0)).sum() / 4
     assert terms["kl"].item() == pytest.approx(kl.item(), rel=1e-5)
     assert all(term.shape == () and term.dtype == torch.float32 for term in terms.values())
 
