@@ -223,10 +223,10 @@ def modularity_of_information(mi):
     n_factors = mi.shape[1]
     if n_factors < 2:
         return mean_of([], "modularity", "two varying factors")
-    most = mi.max(axis=1, keepdims=True)
-    share = mi / np.where(most > 0, most, 1)
+    most = mi.max(axis=1)
+    share = mi / np.where(most > 0, most, 1)[:, None]
     others = np.square(share).sum(axis=1) - 1
-    scores = np.where(most[:, 0] > 0, 1 - others / (n_factors - 1), 0)
+    scores = np.where(most > 0, 1 - others / (n_factors - 1), 0)
     return float(scores.mean())
 
 
@@ -683,8 +683,8 @@ def format_report(r):
             rows.append([name, *row.values()])
         pixels = [f"{name} {value:.2g}" for name, value in made["pixels"].items()]
         text += f"{table(zip(*rows))}\n{', '.join(pixels)}\n\n"
-    std = " ".join(f"{std:.3f}" for std in r["latent_std"])
-    return text + f"{r['n_active']} active latents, std: {std}"
+    widths = " ".join(f"{std:.3f}" for std in r["latent_std"])
+    return text + f"{r['n_active']} active latents, std: {widths}"
 
 
 # ---- The paper's tables ----

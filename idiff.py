@@ -83,7 +83,7 @@ class Config:
     batch_size: int = option(128, "images per step, all encoded", least=1)
     rec_images: int = option(32, "images of each batch in the decoder's loss, 0 for all")
     ddpm_images: int = option(24, "images of each batch that the U-Net sees, 0 for all")
-    epochs: float = option(0.8, "length in epochs of 480,000 draws")
+    epochs: float = option(1.5, "length in epochs of 480,000 draws")
     steps: int = option(0, "length in optimiser steps, 0 for what --epochs says")
     lr: float = option(2e-3, "peak learning rate of AdamW")
     muon: float = option(0.03, "that of Muon, for decoder's and U-Net's matrices; 0: AdamW for all")
@@ -311,9 +311,9 @@ OCTAVES = 5
 
 
 def fourier(z):
-    """z (B, D), sines and cosines of 0.15, 0.3 ... 2.4 periods a unit: (B, 11 D). Hues vary fast."""
-    frequency = 0.3 * math.pi * 2 ** torch.arange(OCTAVES, device=z.device)
-    angle = (z[:, :, None] * frequency).flatten(1)             # (B, 5 D)
+    """z (B, D), sines and cosines of 0.15, 0.3 ... 2.4 periods a unit: (B, 11 D)."""
+    octave = torch.arange(OCTAVES, device=z.device)
+    angle = (z[:, :, None] * 0.3 * math.pi * 2**octave).flatten(1)     # (B, 5 D)
     return torch.cat([z, angle.sin(), angle.cos()], dim=1)
 
 
@@ -557,8 +557,7 @@ class ScoreUNet(nn.Module):
         self.start = nn.Linear(c_emb, w * (cfg.image_size // 16)**2)   # a coarse picture of z
 
         self.norm = nn.GroupNorm(8, f)
-        c_out = 2 * c if self.sees_x_hat else c
-        self.head = Head(f, c_seen, c_out, c_emb, cfg.patch)
+        self.head = Head(f, c_seen, c_seen, c_emb, cfg.patch)
         nn.init.zeros_(self.head.mix.weight)                   # so that its output starts at 0
         nn.init.zeros_(self.head.mix.bias)
 
@@ -980,7 +979,7 @@ def check_memory(need, device=torch.device("cpu")):
             in_use = read_number(Path(limit).with_name("memory.stat"), used)
             free = min(free, read_number(limit) - in_use)      # not where that is inf - inf
     if need > 0.9 * free:
-        raise MemoryError(f"it needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
+        raise MemoryError(f"{need / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} are "
                           f"free on {device}. Free some, or take a smaller file.")
 
 
@@ -1119,8 +1118,8 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
                                 "path of an .h5 or .npz file.")
     try:
         arrays = read_arrays(name, device, progress)
-    except MemoryError as error:
-        raise MemoryError(f"'{name}' cannot be used as data: {error}") from None
+    except MemoryError:
+        raise
     except Exception:                                          # of zip, h5, numpy: many
         raise ValueError(f"'{name}' cannot be used as data: it is no .npz or .h5 file of arrays of "
                          "numbers, or is damaged. Save it by np.savez.") from None
@@ -1317,19 +1316,17 @@ def load_shapes3d(device):
     """The embedded replica of 3D Shapes (Burgess & Kim 2018): 480,000 images, none stored."""
     planes = render_shapes3d(device=device)                    # (480, 4, 64, 64) uint8
 
-    # ten hues, HSV to RGB, and white for highlights
+    # ten hues, HSV to RGB
     hue = 0.6 * torch.arange(10)[:, None]                      # (10, 1), in sixths of the circle
     distance = (hue + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3   # of red, green and blue, (10, 3)
-    palette = (distance.abs() - 1).clamp(0.04, 1)
-    palette = torch.cat([palette, torch.ones(1, 3)]).to(device)
+    palette = (distance.abs() - 1).clamp(0.04, 1).to(device)
 
     def compose(rows):
         floor, wall, thing = rows // 48000, rows // 4800 % 10, rows // 480 % 10
-        white = torch.full_like(rows, 10)
-        colours = palette[torch.stack([floor, wall, thing, white], dim=1)]     # (B, 4, 3)
+        colours = palette[torch.stack([floor, wall, thing], dim=1)]            # (B, 3, 3)
         shading = planes[rows % 480].flatten(2).float() / 255                  # (B, 4, H W)
-        x = torch.bmm(colours.transpose(1, 2), shading)                        # (B, 3, H W)
-        x = x.clamp(0, 1) * 2 - 1
+        x = torch.bmm(colours.transpose(1, 2), shading[:, :3])                 # (B, 3, H W)
+        x = (x + shading[:, 3:]).clamp(0, 1) * 2 - 1                           # white highlights
         return x.unflatten(2, planes.shape[2:])
     return Data("shapes3d replica", SHAPES3D, (3, 64, 64), compose, device)
 

@@ -218,7 +218,7 @@ def provenance(args, data, data_arg):
             "method": "paper" if args.paper else "recipe",
             "frozen": args.freeze_ivae,
             "commit": commit.stdout.strip() or "unknown",
-            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)}}
+            "torch": str(torch.__version__)}
 
 
 def log(out, record):
@@ -380,8 +380,6 @@ def draw_batch(cfg, data, step):
 
     # the layout that the networks' convolutions are fast in
     x = x.contiguous(memory_format=torch.channels_last)
-    eps = eps.contiguous(memory_format=torch.channels_last)
-
     u = torch.cat([u[(RANK + i) % WORLD::WORLD] for i in range(WORLD)])
     return x[RANK::WORLD], u, t[RANK::WORLD], eps[RANK::WORLD]
 
@@ -518,11 +516,12 @@ def describe(cfg, data, device, model):
     prior = "N(0, 1)" if cfg.model == "vae" else cfg.prior
     factors = [f"{name} {len(values)} ({values[0]} to {values[-1]})"
                for name, values in zip(data.factor_names, data.values)]
-    return (f"{device}, {torch.get_num_threads()} threads, ranks {WORLD}, size {info['size']}, method {info['method']}{frozen}: "
-            f"{cfg.model}, prior {prior}, u {cfg.u}; {data.name}; {millions:.2f} M "
-            f"parameters; {cfg.steps} steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs\n"
-            f"{len(data):,} images {data.image_shape}; factors: "
-            f"{', '.join(factors) or 'none'}; u: {data.u.shape[1] or 'no'} columns\n{data.note}")
+    return (f"{device}, {torch.get_num_threads()} threads, ranks {WORLD}, size {info['size']}, "
+            f"method {info['method']}{frozen}: {cfg.model}, prior {prior}, u {cfg.u}; "
+            f"{data.name}; {millions:.2f} M parameters; {cfg.steps} steps of {cfg.batch_size} "
+            f"images, {cfg.epochs:.2g} epochs\n"
+            f"{len(data):,} images {data.image_shape}; u: {data.u.shape[1] or 'no'} columns; "
+            f"factors: {', '.join(factors) or 'none'}\n{data.note}")
 
 
 def draw_losses(path, records):
@@ -622,8 +621,8 @@ def run(args):
         try:
             first_step = restore(content, model, ema, optimizers)
         except Exception as error:                         # of torch: many
-            reason = f"{type(error).__name__}, {error}"
-            raise ValueError(f"'{args.resume}' holds no state to resume from: {reason}")
+            raise ValueError(f"'{args.resume}' holds no state to resume from: "
+                             f"{type(error).__name__}, {in_one_line(error)}")
 
     # folder, once nothing can be wrong, and loop
     out = os.path.dirname(args.resume or "") or "."

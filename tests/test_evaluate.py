@@ -79,7 +79,7 @@ def measured(monkeypatch, tmp_path):
         s = {"codes": codes, "samples": codes, "factors": factors,
              "names": [f"factor {j}" for j in range(factors.shape[1])],
              "draws": {"encoder_on_draws": (codes, factors), "u_on_draws": (codes, factors)},
-             "info": {"data": "grid", "model": "vae", "config": {}, "weights": "EMA"}}
+             "info": {"data": "grid", "model": "vae", "config": {}, "codes": "means"}}
         monkeypatch.setattr(evaluate, "of_checkpoint", lambda path, args, load: s)
         (tmp_path / "ckpt.pt").touch()
         evaluate.main([str(tmp_path / "ckpt.pt"), *flags])
@@ -118,7 +118,7 @@ def test_report_on_a_checkpoint(runs, capsys):
     assert set(evaluate.NAMES) <= set(result["metrics"])
     assert result["metrics"]["disentanglement"] is None                # --no-dci: never a guess
     assert result["u_on_draws"]["mcc"] > 0.4 > result["noise_floor"]["mcc"]
-    assert result["weights"] == "EMA" and result["config"]["model"] == "idiff"
+    assert "means of q(z|x)" in result["codes"] and result["config"]["model"] == "idiff"
     assert len(result["per_factor"]) == 4 and len(result["latent_std"]) == 5
     for picture in ("latents", "factors", "information"):
         assert (runs[2].parent / f"{picture}.png").stat().st_size > 5000

@@ -243,9 +243,9 @@ def test_one_latent_has_no_completeness(perfect):
 
 
 @pytest.mark.parametrize("codes, factors, message", [
-    (np.full((9, 2), np.nan), np.ones((9, 2)), "codes: column 0 holds NaN or inf"),
-    (np.array([[0, 1], [0, np.inf]]), np.ones((2, 2)), "codes: column 1 holds NaN or inf"),
-    (np.ones((9, 2)), np.full((9, 2), np.nan), "factors: column 0 holds NaN"),
+    (np.full((9, 2), np.nan), np.ones((9, 2)), "codes hold NaN or inf"),
+    (np.array([[0, 1], [0, np.inf]]), np.ones((2, 2)), "codes hold NaN or inf"),
+    (np.ones((9, 2)), np.full((9, 2), np.nan), "factors hold NaN or inf"),
     (np.ones((0, 2)), np.ones((0, 2)), "codes must be numbers"),
     (np.ones((9, 0)), np.ones((9, 2)), "codes must be numbers"),
     (np.ones((9, 2)), np.ones(9), "factors must be numbers"),

@@ -180,8 +180,8 @@ def test_a_damaged_report_is_refused_in_one_line(run, way):
 def test_report_tells_of_the_training(run):
     evaluate.main([str(run / "ckpt.pt"), "--no-dci"])
     result = json.loads((run / "metrics.json").read_text())
-    assert {"commit", "versions", "data_arg"} <= set(result["training"])
-    assert result["config"]["seed"] == 0 and "torch" in result["versions"]
+    assert {"commit", "torch", "data_arg"} <= set(result["training"])
+    assert result["config"]["seed"] == 0 and "scikit-learn" in result
 
 def test_dsprites_files_of_whole_bytes_keep_their_grey_values(tmp_path):
     images = np.arange(4, dtype=np.uint8)[:, None, None] * np.full((16, 16), 85, np.uint8)
