@@ -459,6 +459,7 @@ def squares(x):
 
 def draw_images(model, z, x, noise):
     """Images of z (1 + K, B, D) by network, and squared errors (B,), z[0] being the code of x."""
+    # all codes by the decoder, then by diffusion, the edits of an image from its own noise
     every = z.flatten(0, 1)
     images = {"decoder": model.decode(every).clamp(-1, 1)}
     errors = {"decoder error": squares(images["decoder"][:len(x)] - x)}
@@ -506,6 +507,8 @@ def generation(model, data, rows, codes, args):
             found[name].append(error)
 
         found["image laplacian"].append(laplacian(x))
+
+        # how sharp images of the codes as they are look, and what all of them show
         for network, image in images.items():
             found[f"{network} laplacian"].append(laplacian(image[:len(x)]))
             found[f"{network} nearest"].append(nearest_error(image[:len(x)], data, rows[ids]))

@@ -1192,7 +1192,7 @@ def check_arrays(arrays, path, device, image_size):
     def look_up(rows):
         x = pixels[rows].permute(0, 3, 1, 2).float() * (2 / white) - 1
         if side != height:
-            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+            x = F.interpolate(x, side, mode="bilinear", antialias=True)
         return x
 
     # any numbers become the indices 0, 1, ... of a factor's values

@@ -530,7 +530,7 @@ def draw_losses(path, records):
     figure = Figure((13, 2.8), layout="constrained")
     for axis, name in zip(figure.subplots(1, 4), ("ddpm", "rec", "kl", "contrast")):
         points = [(r["step"], r[name]) for r in records if name in r]
-        axis.plot(*zip(*points), lw=0.8)
+        axis.plot(*zip(*points))
         axis.set(title=name, xlabel="step", yscale="linear" if name == "contrast" else "log")
     figure.savefig(path, dpi=150)
 
