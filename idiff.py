@@ -900,9 +900,7 @@ def check_content(content):
     """ValueError, or what torch raises, unless a checkpoint's content is whole and safe to use."""
     if content["format"] != CHECKPOINT_FORMAT:
         raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}")
-    if not isinstance(content["info"], dict):
-        raise ValueError("its info is no dict")
-    json.dumps(content["info"])                                # a TypeError if not plain values
+    json.dumps({**content["info"]})                            # a TypeError if not plain values
 
     with torch.device("meta"):                                 # takes no memory
         model = IDiff(Config(**content["config"]))
@@ -979,7 +977,7 @@ def check_memory(need, device=torch.device("cpu")):
             in_use = read_number(Path(limit).with_name("memory.stat"), used)
             free = min(free, read_number(limit) - in_use)      # not where that is inf - inf
     if need > 0.9 * free:
-        raise MemoryError(f"{need / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} are "
+        raise MemoryError(f"it needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
                           f"free on {device}. Free some, or take a smaller file.")
 
 
@@ -1118,8 +1116,8 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
                                 "path of an .h5 or .npz file.")
     try:
         arrays = read_arrays(name, device, progress)
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise MemoryError(f"'{name}' cannot be used as data: {error}") from None
     except Exception:                                          # of zip, h5, numpy: many
         raise ValueError(f"'{name}' cannot be used as data: it is no .npz or .h5 file of arrays of "
                          "numbers, or is damaged. Save it by np.savez.") from None

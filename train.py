@@ -5,7 +5,6 @@
     python train.py --paper --out runs/paper       # the paper's method at the same size
 """
 import argparse
-import hashlib
 import json
 import logging
 import math
@@ -58,7 +57,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, usage="python train.py [options]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=110))
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=28, width=110))
 
     add = parser.add_argument_group("the run").add_argument
     add("--data", help=f"{', '.join(DATA_SETS)}, .h5 or .npz file (default: shapes3d, or a frozen "
@@ -150,7 +150,7 @@ def make_config(args, data, ivae):
         values["u"] = "own"
     values.update(fixed)
     values.update({f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)})
-    if values.get("image_size", height) != height:
+    if getattr(args, "image_size", height) != height:
         raise ValueError(f"--image-size resizes files; {data.name} has images of {height} pixels.")
     values.update(image_size=height, image_channels=data.image_shape[0],
                   n_factors=len(data.varied), n_u=data.u.shape[1])
@@ -228,20 +228,6 @@ def log(out, record):
     """
     with open(f"{out}/log.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def read_log(out):
-    """The records of log.jsonl that are whole; a crash may have cut one short."""
-    path = Path(f"{out}/log.jsonl")
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 # ---- Model and optimisers ----
@@ -517,16 +503,17 @@ def describe(cfg, data, device, model):
     factors = [f"{name} {len(values)} ({values[0]} to {values[-1]})"
                for name, values in zip(data.factor_names, data.values)]
     return (f"{device}, {torch.get_num_threads()} threads, ranks {WORLD}, size {info['size']}, "
-            f"method {info['method']}{frozen}: {cfg.model}, prior {prior}, u {cfg.u}; "
-            f"{data.name}; {millions:.2f} M parameters; {cfg.steps} steps of {cfg.batch_size} "
+            f"method {info['method']}{frozen}: {cfg.model}, prior {prior}, u {cfg.u}; {data.name}; "
+            f" {millions:.2f} M parameters; {cfg.steps} steps of {cfg.batch_size} "
             f"images, {cfg.epochs:.2g} epochs\n"
             f"{len(data):,} images {data.image_shape}; u: {data.u.shape[1] or 'no'} columns; "
             f"factors: {', '.join(factors) or 'none'}\n{data.note}")
 
 
-def draw_losses(path, records):
+def draw_losses(path, out):
     """losses.png: each term by step."""
     from matplotlib.figure import Figure
+    records = [json.loads(line) for line in Path(f"{out}/log.jsonl").read_text().splitlines()]
     figure = Figure((13, 2.8), layout="constrained")
     for axis, name in zip(figure.subplots(1, 4), ("ddpm", "rec", "kl", "contrast")):
         points = [(r["step"], r[name]) for r in records if name in r]
@@ -565,7 +552,7 @@ def finish(cfg, data, out, ema):
     print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
           f"KL {result['kl']:.1f} nats), averaged weights, 4,096 modulated draws", flush=True)
     with evaluate.drawing(Path(f"{out}/losses.png")) as path:
-        draw_losses(path, read_log(out))
+        draw_losses(path, out)
     with evaluate.drawing(Path(f"{out}/samples.png")) as path:
         draw_samples(path, model, data)
     path = shlex.quote(f"{out}/ckpt.pt")
@@ -629,7 +616,7 @@ def run(args):
     if RANK == 0:                                          # no other writes
         if content:
             with open(f"{out}/log.jsonl", "a") as file:    # the steps since then are run again
-                file.truncate(content["log_size"])
+                file.truncate(min(file.tell(), content["log_size"]))
         else:
             out = make_folder(args.out, cfg)
             log(out, {"config": asdict(cfg)})
@@ -665,12 +652,16 @@ def open_study(args, out):
 
     # a study's name tells its flags; a folder holds the trials of one
     same = [(k, v) for k, v in sorted(vars(args).items()) if k not in WHERE]
-    name = f"{args.search} {hashlib.sha256(str(same).encode()).hexdigest()[:16]}"
+    name = f"{args.search} {str(same)[-400:]}"
     begun = any(Path(out).glob("trial-*"))
 
     storage = args.storage
     try:
-        if not storage:
+        if storage:                                        # there, a killed trial runs again
+            retry = optuna.storages.RetryFailedTrialCallback()
+            storage = optuna.storages.RDBStorage(storage, heartbeat_interval=60,
+                                                 failed_trial_callback=retry)
+        else:
             path = os.path.abspath(f"{out}/study.log")         # the lock is a link to it
             lock = Path(f"{path}.lock")
             if lock.is_symlink() and not lock.exists():        # to nowhere: nobody's
@@ -705,6 +696,8 @@ def search(args):
 
     # the study, shared with other workers
     study = open_study(args, out)
+    if args.storage:
+        optuna.storages.fail_stale_trials(study)
     grid = args.search == "grid"
     if grid:
         study.sampler = optuna.samplers.GridSampler(space, seed=0)

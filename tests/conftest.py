@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 from idiff import PRIORS  # noqa: E402
 
 TINY = ("--width 8 --unet-width 8 --batch-size 4 --ddpm-images 2 --device cpu --latent-dim 3 "
-        "--size small --log-every 1 --settle 0").split()
+        "--size small --settle 0 --log-every 1").split()
 
 
 @pytest.fixture(scope="session")

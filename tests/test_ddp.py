@@ -44,7 +44,7 @@ def four(tmp_path_factory, tiny_npz):
 def test_ranks_say_and_write_what_one_process_does(four, tiny_run):
     out, shown = four
     lines = shown.splitlines()
-    assert len(lines) == 5 and "ranks 2" in lines[0] and "interpolate.py" in lines[-1]
+    assert len(lines) == 7 and "ranks 2" in lines[0] and "interpolate.py" in lines[-1]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         path.name for path in tiny_run.iterdir())
     assert [r.keys() for r in log_of(out)] == [r.keys() for r in log_of(tiny_run)]

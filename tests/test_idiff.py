@@ -1214,7 +1214,7 @@ def test_data_larger_than_memory_give_one_line(tmp_path):
         file["labels"] = np.zeros((3, 6))
     with pytest.raises(MemoryError) as error:
         idiff.load_data(str(path))
-    assert "11444.1 GiB" in one_line(error)
+    assert str(path) in one_line(error)
 
 
 @pytest.mark.parametrize("name", ["no_such.h5", "shapes4d", "."])

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -68,26 +69,25 @@ def test_bayes_stays_in_the_papers_ranges_and_elbo_is_the_runs_own(tiny_npz, tmp
         assert trial.value == json.loads(log[-1])["validation elbo"]
 
 
-@pytest.mark.parametrize("killed", ["first", "last"])
-def test_a_killed_trial_is_marked_failed_and_its_cell_runs_again(argv, killed):
-    out = argv[argv.index("--out") + 1]
-    n_done = int(killed == "last") * 3
-    log = os.path.join(out, f"trial-{n_done:03d}", "log.jsonl")
-    endless = f"""import sys, time, train
-train.main([*sys.argv[1:], "--trials", "{n_done}"]) if {n_done} else None
+def test_a_killed_trial_of_a_database_is_marked_failed_and_its_cell_runs_again(argv, tmp_path):
+    """Its worker is silent; the database knows since when."""
+    file = tmp_path / "studies.db"
+    flags = [*argv, "--search", "grid", "--storage", f"sqlite:///{file}"]
+    endless = """import sys, time, train
 train.train = lambda *_: time.sleep(1000)
 train.main(sys.argv[1:])"""
-    worker = subprocess.Popen([sys.executable, "-c", endless, *argv, "--search", "grid"], cwd=ROOT,
+    worker = subprocess.Popen([sys.executable, "-c", endless, *flags], cwd=ROOT,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = os.path.join(argv[argv.index("--out") + 1], "trial-000", "log.jsonl")
     while not os.path.exists(log) and worker.poll() is None:
         time.sleep(0.1)
     worker.kill()
     worker.wait()
-    assert study_of(argv).trials[n_done].state.name == "RUNNING"
-    os.utime(log, (0, 0))                                              # silent since long ago
-    train.main([*argv, "--search", "grid"])
-    study = study_of(argv)
-    assert cells(study) == ALL and study.trials[n_done].state.name == "FAIL"
+    with sqlite3.connect(file) as database:
+        database.execute("UPDATE trial_heartbeats SET heartbeat = '2000-01-01 00:00:00'")
+    train.main(flags)
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{file}")
+    assert cells(study) == ALL and study.trials[0].state.name == "FAIL"
 
 
 def test_a_stopped_trial_runs_again_whatever_it_was_doing(argv, monkeypatch):

@@ -532,7 +532,7 @@ def test_out_that_holds_a_run_is_not_written_over(tiny_npz, tiny_run, tmp_path, 
     assert before == {path: path.read_bytes() for path in run.iterdir()}
 
 
-@pytest.mark.parametrize("shape", [(24, 20, 20, 3), (24, 16, 32, 3)])
+@pytest.mark.parametrize("shape", [(24, 16, 16, 4), (24, 16, 32, 3)])
 def test_images_of_an_unfit_shape_are_refused(tmp_path, capsys, shape):
     np.savez(tmp_path / "odd.npz", images=np.zeros(shape, np.uint8), factors=np.arange(24)[:, None])
     data, out = tmp_path / "odd.npz", tmp_path / "run"
@@ -624,7 +624,7 @@ def test_own_u_trains_and_draws_without_factors(tmp_path, capsys):
     out, path = tmp_path / "run", write_own(tmp_path / "a.npz", u=u)
     train.main([*TINY, "--data", path, "--steps", "2", "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
-    assert "40 images (1, 32, 32); factors: none; u: 4 columns" in lines[1]
+    assert "40 images (1, 32, 32); u: 4 columns; factors: none" in lines[1]
     assert "28, 28" in lines[2] and "32 x 32" in lines[2]
     cfg = config_of(out)
     assert (cfg["u"], cfg["n_u"], cfg["n_factors"], cfg["image_size"]) == ("own", 4, 0, 32)
