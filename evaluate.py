@@ -15,7 +15,6 @@ import os
 import sys
 import tempfile
 import warnings
-import zipfile
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import lru_cache
@@ -584,13 +583,11 @@ def measure(s, args):
 
 
 def holds(path):
-    """Whether a path is a "report", "codes" or a "checkpoint", by its content."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return "codes" if "codes.npy" in archive.namelist() else "checkpoint"
-    if path.is_file() and path.read_bytes()[:1] == b"{":
+    """Whether a path is a "report", "codes" or a "checkpoint", by its content, whole or damaged."""
+    content = path.read_bytes() if path.is_file() else b""
+    if content[:1] == b"{":
         return "report"
-    return "checkpoint"
+    return "codes" if b"codes.npy" in content else "checkpoint"
 
 
 def read_report(path, args):

@@ -301,8 +301,24 @@ class Bench:
             write_h5(path, self.rng)
         else:
             labels = self.rng.choice(["factors", "labels", "latents_classes"])
-            write_npz(path, {"images": IMAGES, labels: FACTORS}, self.rng, self.trace)
-        return path, lambda: load_data(str(path)).draw(8, torch.Generator())
+            arrays = {"images": IMAGES, labels: FACTORS, "u": FACTORS / 3,
+                      "factor_names": np.array(["a", "b", "c"])}
+            write_npz(path, arrays, self.rng, self.trace)
+        u = self.rng.choice(["own", "mean+var"])
+        return path, lambda: load_data(str(path)).draw(8, torch.Generator(), u)
+
+    def codes_file(self, way):
+        """Codes and factors of somebody else's model."""
+        path = self.folder / "codes.npz"
+        arrays = {"codes": np.random.default_rng(0).normal(size=(24, 4)), "factors": FACTORS}
+        np.savez(path, **arrays)
+        if way == "bytes":
+            path.write_bytes(with_odd_bytes(path.read_bytes(), self.rng))
+        elif way == "size":
+            zip_claiming(path, self.rng)
+        else:
+            write_npz(path, arrays, self.rng, self.trace)
+        return path, lambda: evaluate.main([str(path), "--no-dci", "--n", "24"])
 
     def text_file(self, way):
         """A damaged metrics.json or log.jsonl beside a good checkpoint."""
@@ -367,7 +383,7 @@ def outcome(path, action, trace):
 def damage_files(folder, n, seed=0, report=lambda *args: None):
     """{kind: Counter of outcomes} of n damaged files, and the growth of peak memory in MiB."""
     bench, found = Bench(folder, seed), {}
-    kinds = {"checkpoint": bench.checkpoint, "data": bench.data_file,
+    kinds = {"checkpoint": bench.checkpoint, "data": bench.data_file, "codes": bench.codes_file,
              "metrics.json, log.jsonl": bench.text_file}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     handler = signal.signal(signal.SIGALRM, stop)
