@@ -494,7 +494,7 @@ def validate(cfg, model, data, n=4096, size=256):
     return {"elbo": elbo, "rec": rec, "kl": kl}
 
 
-def describe(cfg, data, device, model):
+def describe(cfg, data, model):
     """The first lines: what runs, on what, and how much of it; what the data hold."""
     info = model.info
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -502,7 +502,7 @@ def describe(cfg, data, device, model):
     prior = "N(0, 1)" if cfg.model == "vae" else cfg.prior
     factors = [f"{name} {len(values)} ({values[0]} to {values[-1]})"
                for name, values in zip(data.factor_names, data.values)]
-    return (f"{device}, {torch.get_num_threads()} threads, ranks {WORLD}, size {info['size']}, "
+    return (f"{data.device}, {torch.get_num_threads()} threads, ranks {WORLD}, size {info['size']}, "
             f"method {info['method']}{frozen}: {cfg.model}, prior {prior}, u {cfg.u}; {data.name}; "
             f" {millions:.2f} M parameters; {cfg.steps} steps of {cfg.batch_size} "
             f"images, {cfg.epochs:.2g} epochs\n"
@@ -539,7 +539,7 @@ def command(script):
     """How to call a script: through the user's own file, if it stands here and started this run."""
     own = Path(sys.argv[0]).resolve()
     here = Path(__file__).resolve()
-    if own != here and own in here.parent.glob("*.py"):
+    if own != here and own.parent == here.parent and own.suffix == ".py":
         return f"python {shlex.quote(own.name)} {script}"
     return f"python {script}.py"
 
@@ -607,6 +607,7 @@ def run(args):
     if content:
         try:
             first_step = restore(content, model, ema, optimizers)
+            log_size = int(content["log_size"])
         except Exception as error:                         # of torch: many
             raise ValueError(f"'{args.resume}' holds no state to resume from: "
                              f"{type(error).__name__}, {in_one_line(error)}")
@@ -616,11 +617,11 @@ def run(args):
     if RANK == 0:                                          # no other writes
         if content:
             with open(f"{out}/log.jsonl", "a") as file:    # the steps since then are run again
-                file.truncate(min(file.tell(), content["log_size"]))
+                file.truncate(min(file.tell(), log_size))
         else:
             out = make_folder(args.out, cfg)
             log(out, {"config": asdict(cfg)})
-        print(describe(cfg, data, device, model), flush=True)
+        print(describe(cfg, data, model), flush=True)
     barrier()                                              # rank 0 has found it free
     train(cfg, data, out, args, (model, ema, optimizers), first_step)
     if RANK == 0:
@@ -754,7 +755,7 @@ def write_trials(study, args, out, space):
         result = trial.value
         if result is None:
             result = trial.user_attrs.get("failed", trial.state.name.lower())
-        rows.append([str(trial.number), *(f"{trial.params.get(k)!s:.9}" for k in space), result])
+        rows.append([trial.number, *(f"{trial.params.get(k)!s:.9}" for k in space), result])
     text = evaluate.table(zip(*rows))
 
     # what was best, beside the paper's Table 1
@@ -763,7 +764,7 @@ def write_trials(study, args, out, space):
         best = study.best_trial
         rows = [["hyperparameter", "search space", "best value", "the paper's best"]]
         for k, values in space.items():
-            rows.append([k, str(values), f"{best.params[k]!s:.9}", str(PAPER.get(k))])
+            rows.append([k, values, f"{best.params[k]!s:.9}", str(PAPER.get(k))])
         text += f"\nBest: {out}/trial-{best.number:03d}/ckpt.pt\n\n{evaluate.table(zip(*rows))}"
 
         with evaluate.drawing(Path(f"{out}/search.png")) as path:
