@@ -774,8 +774,8 @@ def draw_factors(r, s):
             shown["modulated draws"] = factors[:, j]
         edges = np.arange(shown["grid"].max() + 2) - 0.5
         ax.hist(list(shown.values()), edges, density=True, label=list(shown))
-        ax.set(xlabel=f"{s['names'][j]}, index", ylabel="share")
-    axes[0].legend()
+        ax.set(xlabel=f"share of each {s['names'][j]}, by index", xticks=edges[1::2] - 0.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
     return figure
 
 

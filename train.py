@@ -502,10 +502,10 @@ def describe(cfg, data, model):
     prior = "N(0, 1)" if cfg.model == "vae" else cfg.prior
     factors = [f"{name} {len(values)} ({values[0]} to {values[-1]})"
                for name, values in zip(data.factor_names, data.values)]
-    return (f"{data.device}, {torch.get_num_threads()} threads, ranks {WORLD}, size {info['size']}, "
-            f"method {info['method']}{frozen}: {cfg.model}, prior {prior}, u {cfg.u}; {data.name}; "
-            f" {millions:.2f} M parameters; {cfg.steps} steps of {cfg.batch_size} "
-            f"images, {cfg.epochs:.2g} epochs\n"
+    return (f"{data.device}, {torch.get_num_threads()} threads, ranks {WORLD}, size "
+            f"{info['size']}, method {info['method']}{frozen}: {cfg.model}, prior {prior}, u "
+            f"{cfg.u}; {data.name}; {millions:.2f} M parameters; {cfg.steps} steps of "
+            f"{cfg.batch_size} images, {cfg.epochs:.2g} epochs\n"
             f"{len(data):,} images {data.image_shape}; u: {data.u.shape[1] or 'no'} columns; "
             f"factors: {', '.join(factors) or 'none'}\n{data.note}")
 
