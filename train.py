@@ -506,7 +506,7 @@ def describe(cfg, data, model):
             f"{info['size']}, method {info['method']}{frozen}: {cfg.model}, prior {prior}, u "
             f"{cfg.u}; {data.name}; {millions:.2f} M parameters; {cfg.steps} steps of "
             f"{cfg.batch_size} images, {cfg.epochs:.2g} epochs\n"
-            f"{len(data):,} images {data.image_shape}; u: {data.u.shape[1] or 'no'} columns; "
+            f"{len(data):,} images {data.image_shape}; own u: {data.u.shape[1] or 'no'} columns; "
             f"factors: {', '.join(factors) or 'none'}\n{data.note}")
 
 
