@@ -293,7 +293,8 @@ class Encoder(nn.Module):
         last = mlp(c_in * side**2, 256, n_out)
         self.net = nn.Sequential(*layers, nn.Flatten(), *last)
 
-        if cfg.latent == "gaussian":                           # lest a decoder learn from noise
+        # narrow where a decoder comes late, lest it learn from noise
+        if cfg.latent == "gaussian" and cfg.settle_steps:
             nn.init.constant_(last[-1].bias[cfg.latent_dim:], self.LOGVAR_AT_START)
 
     def forward(self, x):
