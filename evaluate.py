@@ -317,7 +317,6 @@ def warn_of_other_data(data, info, checkpoint):
               file=sys.stderr)
 
 
-
 @torch.no_grad()
 def encode(model, data, rows, seed):
     """Means of q(z|x) and one sample of each, of the images in rows: (N, D) twice."""
@@ -335,7 +334,7 @@ def of_checkpoint(path, args, load=load_data):
     device = pick_device(args.device)
     model = load_checkpoint(path, device)
     cfg = model.cfg
-    data = load(args.data or find_data(model.info, path), device, tqdm, cfg.image_size)
+    data = load(args.data or find_data(model.info, path), device, progress, cfg.image_size)
     warn_of_other_data(data, model.info, path)
     if not data.factor_names or args.generate and not len(data.varied):
         raise ValueError(f"'{path}': MIG, MCC, DCI and modularity need factors, --generate those "
