@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import product
@@ -25,17 +26,17 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import evaluate
 from idiff import (DATA_SETS, VPSDE, Config, IDiff, in_one_line, load_checkpoint, load_data,
-                   pick_device, read_checkpoint, save_checkpoint, save_grid, script, seeded_noise)
+                   pick_device, read_checkpoint, save_checkpoint, save_grid, script)
 
 EPOCH = 480_000             # draws
 SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, rec_images=0, ddpm_images=0,
                       epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
-PAPER = dict(latent_dim=10, prior="full", prior_mean="learned", u="var", kl=5e-4, rec=0.1,
+PAPER = dict(latent_dim=10, prior_mean="learned", u="var", kl=5e-4, rec=0.1,
              contrast=0.0, settle=0.0, predict="eps", batch_size=32, rec_images=0,
              ddpm_images=0, lr=2e-4, muon=0.0, schedule="constant")
 
@@ -99,18 +100,10 @@ def barrier():
         dist.barrier()
 
 
-def any_rank(flag):
-    """Whether the flag is true on any rank: all act alike at the same step."""
-    if WORLD == 1:
-        return flag
-    count = torch.tensor(float(flag))
-    dist.all_reduce(count)
-    return bool(count)
-
-
+@torch.no_grad()
 def mean_over_ranks(numbers):
     """A dict of scalars on the device as one of floats, each the mean over the ranks."""
-    values = torch.stack([value.float() for value in numbers.values()])
+    values = torch.stack(list(numbers.values()))
     if WORLD > 1:
         dist.all_reduce(values)
         values = values / WORLD
@@ -119,13 +112,17 @@ def mean_over_ranks(numbers):
 
 # ---- Config, folder and log ----
 
+def given(args):
+    """{name: value} of Config's flags that were given."""
+    return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+
+
 def check_flags(args):
     """ValueError where flags contradict each other or Config cannot know them."""
     if min(args.save_every, args.log_every) < 1:
         raise ValueError("--save-every and --log-every must be at least 1.")
 
-    changing = [args.out, args.paper, args.size, args.freeze_ivae]
-    changing += [hasattr(args, f.name) for f in fields(Config)]
+    changing = (args.out, args.paper, args.size, args.freeze_ivae, given(args))
     if args.resume and any(changing):
         raise ValueError("--resume goes on with the run as it was, without flags that change it.")
 
@@ -149,7 +146,7 @@ def make_config(args, data, ivae):
     if data.u.numel() or not len(data.varied):
         values["u"] = "own"
     values.update(fixed)
-    values.update({f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)})
+    values.update(given(args))
     if getattr(args, "image_size", height) != height:
         raise ValueError(f"--image-size resizes files; {data.name} has images of {height} pixels.")
     values.update(image_size=height, image_channels=data.image_shape[0],
@@ -235,37 +232,41 @@ def log(out, record):
 class Muon(torch.optim.Optimizer):
     """Steps of one size along every singular vector of the momentum, for weights seen as matrices.
 
-    A kernel (O, I, h, w) is a matrix (O, I h w). Source: Jordan et al. 2024.
+    The momentum is 0.9. A kernel (O, I, h, w) is a matrix (O, I h w). Weights of a group have one
+    shape, and step at once: on a GPU the host's calls take most of the time. Source: Jordan et al.
+    2024.
     """
 
-    def __init__(self, params, lr, momentum=0.9):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:                         # its part does not learn yet
-                    continue
-                if not self.state[p]:
-                    self.state[p]["average"] = torch.zeros_like(p)
-                average = self.state[p]["average"]
-                average.lerp_(p.grad, 1 - group["momentum"])
+            weights = [p for p in group["params"] if p.grad is not None]       # that learn yet
+            averages = []
+            for p in weights:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 0.1)
+                averages.append(average.flatten(1))
+            if not weights:
+                continue
 
-                step = orthogonalise(average.flatten(1))
-                n_rows, n_columns = step.shape
-                rate = group["lr"] * max(1, n_rows / n_columns) ** 0.5
+            steps = orthogonalise(torch.stack(averages))       # (N, R, C)
+            rate = group["lr"] * max(1, steps.shape[1] / steps.shape[2]) ** 0.5
+            for p, step in zip(weights, steps):
                 p.sub_(rate * step.view_as(p))
 
 
 def orthogonalise(m):
-    """The matrix m with its singular values moved to about 1, by five Newton-Schulz iterations."""
-    if m.shape[0] > m.shape[1]:
-        return orthogonalise(m.T).T
-    m = m / (m.norm() + 1e-7)
+    """Matrices m (N, R, C), their singular values moved to about 1: five Newton-Schulz steps."""
+    if m.shape[1] > m.shape[2]:
+        return orthogonalise(m.mT).mT
+    m = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        square = m @ m.T
-        m = 3.4445 * m + (2.0315 * square @ square - 4.7750 * square) @ m
+        square = m @ m.mT
+        polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        m = torch.baddbmm(m, polynomial, m, beta=3.4445)
     return m
 
 
@@ -284,7 +285,7 @@ def build(cfg, device, ivae=None):
             part.load_state_dict(getattr(ivae, name).state_dict())
             part.eval().requires_grad_(False)              # eval: BatchNorm keeps its means
     model.to(device, memory_format=torch.channels_last)
-    ema = AveragedModel(model)
+    ema = deepcopy(model)
 
     # networks only: distributions are built outside of compiled parts
     if device.type == "cuda":
@@ -294,16 +295,17 @@ def build(cfg, device, ivae=None):
                 part.compile()
 
     # the matrices of what draws images go to Muon, all else to AdamW
-    matrices, others = [], []
+    matrices, others = {}, []
     for name, p in model.named_parameters():
         draws = name.startswith(("decoder.", "unet."))
         if draws and p.dim() > 1 and p.requires_grad and cfg.muon:
-            matrices.append(p)
+            matrices.setdefault(p.shape, []).append(p)
         else:
             others.append(p)
     optimizers = [torch.optim.AdamW(others, cfg.lr, weight_decay=0.0, fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, cfg.muon))
+        groups = [{"params": weights} for weights in matrices.values()]
+        optimizers.append(Muon(groups, cfg.muon))
     return model, ema, optimizers
 
 
@@ -312,20 +314,19 @@ def restore(content, model, ema, optimizers):
     for key in ("data_arg", "fingerprint", "size", "method", "frozen"):
         if key not in content["info"]:
             raise ValueError(f"its info lacks {key}")
-    steps = ema.module.cfg.steps
+    steps = ema.cfg.steps
     if content["step"] not in range(steps + 1):
         raise ValueError(f"its step is {content['step']}, of {steps}")
 
     # weights, averaged weights and the optimisers' moments
     model.load_state_dict(content["model"])
-    ema.module.load_state_dict(content["ema"])
-    ema.n_averaged.copy_(content["n_averaged"])
+    ema.load_state_dict(content["ema"])
     for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
         for p, state in optimizer.state.items():
-            for name, moment in state.items():
-                if name != "step" and moment.shape != p.shape:
-                    raise ValueError(f"an optimiser's {name} is of another shape than its weight")
+            shapes = {moment.shape for name, moment in state.items() if name != "step"}
+            if shapes - {p.shape}:                         # torch would crash
+                raise ValueError(f"moments of a {p.shape} weight are {shapes}")
     return content["step"]
 
 
@@ -386,14 +387,21 @@ def total_loss(cfg, terms, step):
     return loss, used
 
 
+def average(ema, model, decay):
+    """Move the weights of ema towards the model's; what is no weight, as BatchNorm's, is copied.
+
+    Unlike torch's AveragedModel it lets the host run ahead of the device.
+    """
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
+    for old, new in zip(ema.buffers(), model.buffers()):
+        old.copy_(new)
+
+
 def train_step(cfg, model, ema, optimizers, batch, step):
     """One step; returns the terms that have a weight and the gradient's norm."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * warmth(cfg, step)
-    ema.multi_avg_fn = get_ema_multi_avg_fn(min(cfg.ema, (step + 1) / (step + 10)))    # warm-up
-    encoder = model.module.encoder if WORLD > 1 else model.encoder
-    encoder.temperature = 0.3 ** (step / cfg.steps)        # of Gumbel-softmax, from 1 to 0.3
 
     # at first encoder and prior learn alone
     n_rec = 0 if step < cfg.settle_steps else cfg.rec_images
@@ -407,9 +415,8 @@ def train_step(cfg, model, ema, optimizers, batch, step):
     gradient_norm = clip_grad_norm_(model.parameters(), cfg.clip)
     for optimizer in optimizers:
         optimizer.step()
-    ema.update_parameters(model)
-    numbers = {name: term.detach() for name, term in used.items()}
-    return {**numbers, "gradient norm": gradient_norm}
+    average(ema, model, min(cfg.ema, (step + 1) / (step + 10)))                # warm-up
+    return {**used, "gradient norm": gradient_norm}
 
 
 # ---- The run ----
@@ -446,11 +453,12 @@ def train(cfg, data, out, args, parts, first_step):
     bar = evaluate.progress(steps, "step", initial=first_step, total=cfg.steps, disable=RANK > 0)
     with stop_signals() as stop, bar:
         for step in bar:
+            model.encoder.temperature = 0.3 ** (step / cfg.steps)      # of Gumbel-softmax
             batch = draw_batch(cfg, data, step)
             numbers = train_step(cfg, ranked, ema, optimizers, batch, step)
             done = step + 1
 
-            stopping = any_rank(bool(stop))
+            stopping = mean_over_ranks({"stop": torch.tensor(len(stop))})["stop"] > 0
             saving = done % args.save_every == 0 or done == cfg.steps or stopping
             if done % args.log_every == 0 or saving:       # the only wait for the device
                 record = mean_over_ranks(numbers)
@@ -459,13 +467,12 @@ def train(cfg, data, out, args, parts, first_step):
                                      "checkpoint is kept; try a smaller --lr, or --precision "
                                      "float32.")
                 if RANK == 0:
-                    log(out, {"step": done, **record, "seconds": round(time.time() - started, 2)})
+                    log(out, {"step": done, **record, "seconds": round(time.time() - started)})
                 bar.set_postfix(record, refresh=False)
 
             if saving and RANK == 0:
-                save_checkpoint(path, model, ema.module, config=asdict(cfg), step=done,
+                save_checkpoint(path, model, ema, config=asdict(cfg), step=done,
                                 log_size=os.path.getsize(f"{out}/log.jsonl"),
-                                n_averaged=ema.n_averaged,
                                 optimizers=[each.state_dict() for each in optimizers])
             if stopping:
                 barrier()                                  # rank 0 has saved: all end
@@ -497,8 +504,8 @@ def validate(cfg, model, data, n=4096, size=256):
 def describe(cfg, data, model):
     """The first lines: what runs, on what, and how much of it; what the data hold."""
     info = model.info
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
     frozen = f", frozen iVAE of {info['frozen']}" if info["frozen"] else ""
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
     prior = "N(0, 1)" if cfg.model == "vae" else cfg.prior
     factors = [f"{name} {len(values)} ({values[0]} to {values[-1]})"
                for name, values in zip(data.factor_names, data.values)]
@@ -512,13 +519,14 @@ def describe(cfg, data, model):
 
 def draw_losses(path, out):
     """losses.png: each term by step."""
-    from matplotlib.figure import Figure
     records = [json.loads(line) for line in Path(f"{out}/log.jsonl").read_text().splitlines()]
-    figure = Figure((13, 2.8), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 4), ("ddpm", "rec", "kl", "contrast")):
+    names = ("ddpm", "rec", "kl", "contrast")
+    figure, axes = evaluate.panels(len(names), (8, 2.2))
+    for axis, name in zip(axes, names):
         points = [(r["step"], r[name]) for r in records if name in r]
         axis.plot(*zip(*points))
-        axis.set(title=name, xlabel="step", yscale="linear" if name == "contrast" else "log")
+        axis.set(ylabel=name, yscale="linear" if name == "contrast" else "log")
+    axis.set(xlabel="step")
     figure.savefig(path, dpi=150)
 
 
@@ -530,8 +538,7 @@ def draw_samples(path, model, data, n=10):
     z, _ = model.encode(x)
     pictures = {"image": x, "decoder": model.decode(z)}
     if model.unet is not None:
-        start = seeded_noise(range(n), x.shape[1:], x.device)()
-        pictures["diffusion"] = model.sample(z, start)
+        pictures["diffusion"] = model.sample(z, torch.randn_like(x))
     save_grid(path, torch.cat(list(pictures.values())), list(pictures), [""] * n)
 
 
@@ -544,11 +551,10 @@ def command(script):
     return f"python {script}.py"
 
 
-def finish(cfg, data, out, ema):
+def finish(cfg, data, out, model):
     """Validation ELBO, pictures and the two commands that come next; returns the ELBO."""
-    model = ema.module.eval()
     result = validate(cfg, model, data)
-    log(out, {"step": cfg.steps, **{f"validation {k}": v for k, v in result.items()}})
+    log(out, {"step": cfg.steps, "validation": result})
     print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
           f"KL {result['kl']:.1f} nats), averaged weights, 4,096 modulated draws", flush=True)
     with evaluate.drawing(Path(f"{out}/losses.png")) as path:
@@ -625,7 +631,7 @@ def run(args):
     barrier()                                              # rank 0 has found it free
     train(cfg, data, out, args, (model, ema, optimizers), first_step)
     if RANK == 0:
-        return finish(cfg, data, out, ema)
+        return finish(cfg, data, out, ema.eval())
 
 
 # ---- The search ----
@@ -690,8 +696,7 @@ def search(args):
     _, ivae, data, _, _ = prepare(args)
     cells = list(product(*space.values()))
     for cell in cells:
-        given = vars(args) | dict(zip(space, cell))
-        make_config(argparse.Namespace(**given), data, ivae)
+        make_config(argparse.Namespace(**vars(args) | dict(zip(space, cell))), data, ivae)
     out = args.out or f"runs/search-{args.search}"
     evaluate.try_folder(out)
 
@@ -702,10 +707,9 @@ def search(args):
     grid = args.search == "grid"
     if grid:
         study.sampler = optuna.samplers.GridSampler(space, seed=0)
-        n_trials = args.trials or len(cells)
     else:
         study.sampler = optuna.samplers.TPESampler(constant_liar=True)
-        n_trials = args.trials or 30
+    n_trials = args.trials or (len(cells) if grid else 30)
 
     # one trial at a time, so that the table is always up to date
     for _ in range(n_trials):
@@ -771,9 +775,8 @@ def write_trials(study, args, out, space):
             figure, axes = evaluate.panels(len(space), (6, 2.5))
             for axis, k in zip(axes, space):
                 axis.scatter([trial.params[k] for trial in done], [trial.value for trial in done])
-                axis.set(xlabel=k, ylabel=args.objective)
-                if k == "kl":
-                    axis.set_xscale("log")
+                scale = "log" if k == "kl" else "linear"
+                axis.set(xlabel=k, ylabel=args.objective, xscale=scale)
             figure.savefig(path, dpi=150)
     Path(f"{out}/trials.md").write_text(text, "utf-8", "replace")
     return text

@@ -5,6 +5,7 @@
     python tests/bench_train.py                   # one table, some 6 minutes on two CPU cores
     python tests/bench_train.py --quick           # the same of fewer and smaller steps
     python tests/bench_train.py --curve           # instead: denoising loss by images seen, hours
+    python tests/bench_train.py --gpu             # instead: steps of both sizes against the limit
 
 Every step is train.py's own build, draw_batch and train_step with the same iVAE and the same draws;
 only the U-Net differs, and it sees every image. The other U-Nets get what ours gets: z by our
@@ -30,6 +31,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -291,6 +293,77 @@ def bench_start(args, folder):
     print_times("start-up", "--help beyond torch", [b - a for a, b in zip(*times.values())], "s")
     print_times("start-up", "command to first step", [first_step_s(folder)], "s")
 
+# ---- steps against the device's limit ----
+
+PAPER_IMAGES = 4_800_000    # 10 epochs
+# size, images a step; on a CPU the first alone
+STEPS = (("small", 128), ("full", 128), ("full", 512), ("full", 32))
+
+def wait():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+def matmul_rate(side, dtype, n=10):
+    """FLOP a second of a product of two square matrices of random numbers."""
+    a, b = torch.randn(2, side, side, device=DEVICE).to(dtype)
+    a @ b
+    wait()
+    start = time.perf_counter()
+    for _ in range(n):
+        a @ b
+    wait()
+    return 2 * side**3 * n / (time.perf_counter() - start)
+
+def several_s(cfg, data, parts, first, n):
+    """Seconds of one of n steps from the first on; the host waits for the device once, at the end."""
+    start = time.perf_counter()
+    for step in range(first, first + n):
+        train.train_step(cfg, *parts, train.draw_batch(cfg, data, step), step)
+    wait()
+    return (time.perf_counter() - start) / n
+
+def bench_limit(args, data):
+    """Both sizes' steps: images a second, share of the device's own matrix product, memory."""
+    dtype = getattr(torch, PRECISION)
+    peak = matmul_rate(8192 if DEVICE.type == "cuda" else 2048, dtype)
+    print(f"a large matrix product: {peak / 1e12:.3g} TFLOP/s in {PRECISION}\n")
+    print_header(("size", "batch", "networks", "ms, settling", "ms, after", "images/s, after",
+                  "GFLOP", "share of the product's rate", "peak MiB", "hours for 4.8 M images"))
+
+    for size, batch in STEPS if DEVICE.type == "cuda" else STEPS[:1]:
+        images = batch if size == "full" else batch // 4
+        values = {**train.SIZES[size], "batch_size": batch, "steps": 10_000,
+                  "rec_images": images, "ddpm_images": images, "precision": PRECISION}
+        if size == "small":
+            values["ddpm_images"] = 3 * batch // 16
+        cfg = replace(Config(), **values)
+        joint = cfg.settle_steps
+        parts = train.build(cfg, DEVICE)
+
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            several_s(cfg, data, parts, joint, 1)
+        flops = counter.get_total_flops()
+
+        stances = {"as they are": "force_eager"}
+        if DEVICE.type == "cuda":
+            stances["compiled"] = "default"
+        for name, stance in stances.items():
+            with torch.compiler.set_stance(stance):
+                several_s(cfg, data, parts, 0, 3)
+                several_s(cfg, data, parts, joint, 3)
+                if DEVICE.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                settling = several_s(cfg, data, parts, 0, args.rounds)
+                seconds = several_s(cfg, data, parts, joint, args.rounds)
+            mib = status_mib("VmHWM")
+            if DEVICE.type == "cuda":
+                mib = torch.cuda.max_memory_allocated() / 2**20
+            total = PAPER_IMAGES / batch / 3600 * (cfg.settle * settling
+                                                   + (1 - cfg.settle) * seconds)
+            print_row(size, str(batch), name, f"{1000 * settling:.1f}", f"{1000 * seconds:.1f}",
+                      f"{batch / seconds:.0f}", f"{flops / 1e9:.0f}",
+                      f"{flops / seconds / peak:.3f}", f"{mib:.0f}", f"{total:.2f}")
+
 # ---- the curve ----
 
 @torch.no_grad()
@@ -327,6 +400,7 @@ def build_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 rounds, 4 images, no full size")
     parser.add_argument("--curve", action="store_true", help="denoising loss by images seen")
+    parser.add_argument("--gpu", action="store_true", help="both sizes' steps against the limit")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
     parser.add_argument("--batch", type=int, default=16 if DEVICE.type == "cpu" else 128,
                         help="images a step with each U-Net (default: 16, on CUDA 128)")
@@ -346,6 +420,8 @@ def main(argv=None):
     data = load_data("shapes3d", DEVICE)
     if args.curve:
         return bench_curve(args, data)
+    if args.gpu:
+        return bench_limit(args, data)
     bench_nets(args, data)
     with tempfile.TemporaryDirectory() as folder:
         write_file(f"{folder}/own.npz", data)

@@ -66,7 +66,7 @@ def test_bayes_stays_in_the_papers_ranges_and_elbo_is_the_runs_own(tiny_npz, tmp
     for trial in trials:
         assert 1e-5 <= trial.params["kl"] <= 0.1 and 0.01 <= trial.params["rec"] <= 5
         log = (tmp_path / f"trial-{trial.number:03d}" / "log.jsonl").read_text().splitlines()
-        assert trial.value == json.loads(log[-1])["validation elbo"]
+        assert trial.value == json.loads(log[-1])["validation"]["elbo"]
 
 
 def test_a_killed_trial_of_a_database_is_marked_failed_and_its_cell_runs_again(argv, tmp_path):
