@@ -35,7 +35,7 @@ from idiff import (DATA_SETS, VPSDE, Config, IDiff, in_one_line, load_checkpoint
 EPOCH = 480_000             # draws
 SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, rec_images=0, ddpm_images=0,
-                      epochs=10.0, lr=5e-4, ema=0.9995, precision="bfloat16")}
+                      batch_size=512, epochs=10.0, precision="bfloat16")}
 PAPER = dict(latent_dim=10, prior_mean="learned", u="var", kl=5e-4, rec=0.1,
              contrast=0.0, settle=0.0, predict="eps", batch_size=32, rec_images=0,
              ddpm_images=0, lr=2e-4, muon=0.0, schedule="constant")

@@ -276,6 +276,90 @@ def test_help_is_short_and_no_switch_is_on_by_default():
     assert not any(value is True for value in vars(parser.parse_args([])).values())
 
 
+# ---- one step, by hand ----
+
+def small_cfg(**changes):
+    values = dict(width=8, unet_width=8, batch_size=8, rec_images=4, ddpm_images=4, settle=0.0,
+                  steps=400)
+    return Config(**values | changes)
+
+
+def test_a_step_descends_eq_2_and_bounds_its_gradient(shapes3d):
+    """The gradient's norm is that of the weighted sum; what is left after the step is clipped."""
+    cfg = small_cfg(kl=0.02, rec=0.7, contrast=0.4, clip=0.05)
+    parts = train.build(cfg, shapes3d.device)
+    model = parts[0]
+    terms = model(*train.draw_batch(cfg, shapes3d, 3), n_rec=4)
+    loss = terms["ddpm"] + 0.7 * terms["rec"] + 0.02 * terms["kl"] + 0.4 * terms["contrast"]
+    wanted = torch.stack([g.norm() for g in torch.autograd.grad(loss, model.parameters())]).norm()
+
+    told = train.train_step(cfg, *parts, train.draw_batch(cfg, shapes3d, 3), 3)
+    left = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert float(told["gradient norm"]) == pytest.approx(float(wanted), rel=1e-4)
+    assert float(wanted) > 0.05 and float(left) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_the_average_is_warmed_up(shapes3d):
+    """A tenth of the first weights is left of them after a step: not 0.998 of chance."""
+    cfg = small_cfg()
+    model, ema, optimizers = train.build(cfg, shapes3d.device)
+    first = model.decoder.head.mix.weight.detach().clone()
+    train.train_step(cfg, model, ema, optimizers, train.draw_batch(cfg, shapes3d, 0), 0)
+    moved = model.decoder.head.mix.weight - first
+    of_average = ema.decoder.head.mix.weight - first
+    torch.testing.assert_close(of_average, 0.9 * moved, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("predict", ["eps", "residual"])
+def test_times_are_drawn_one_in_each_stratum(predict, shapes3d):
+    """Of (0, 1], or of the logarithm of sigma / alpha from 0.01 to 3; anywhere within it."""
+    cfg = small_cfg(predict=predict, batch_size=16, ddpm_images=16)
+    places = []
+    for step in range(20):
+        _, _, t, _ = train.draw_batch(cfg, shapes3d, step)
+        if predict == "residual":
+            ratio = (-idiff.VPSDE().lam(t)).exp()
+            t = (ratio / 0.01).log() / math.log(300)
+        assert (16 * t - 1e-3).floor().tolist() == list(range(16))
+        places.append(16 * t % 1)
+    places = torch.cat(places)
+    assert 0.4 < places.mean() < 0.6 and places.min() < 0.05 and places.max() > 0.95
+
+
+def test_the_learning_rate_rises_and_falls():
+    cfg = small_cfg(steps=1000)
+    shares = [train.warmth(cfg, step) for step in (0, 49, 500, 750, 1000)]
+    cosine = [math.cos(math.pi * x / 2) ** 2 for x in (0, 0.049, 0.5, 0.75, 1)]
+    assert shares == pytest.approx([a * b for a, b in zip((0.01, 0.5, 1, 1, 1), cosine)])
+    assert train.warmth(small_cfg(schedule="constant"), 399) == 1
+
+
+def test_muon_steps_by_its_rate_along_the_mean_gradient():
+    """A tall matrix by the root of its shape's ratio more; one gradient does not turn the mean."""
+    for shape, size in (((40, 5), 8**0.5), ((5, 40), 1)):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        w = torch.zeros(shape, requires_grad=True)
+        optimizer = train.Muon([w], lr=0.1)
+        for k in range(6):
+            before = w.detach().clone()
+            w.grad = gradient if k < 5 else -0.5 * gradient
+            optimizer.step()
+        step = w.detach() - before
+        assert (step * gradient).sum() < 0
+        assert torch.linalg.matrix_norm(step, 2) == pytest.approx(0.1 * size, rel=0.3)
+
+
+@torch.no_grad()
+def test_the_elbo_is_that_of_a_gaussian_decoder(shapes3d):
+    cfg = small_cfg()
+    result = train.validate(cfg, train.build(cfg, shapes3d.device)[0], shapes3d, n=64, size=32)
+    deviation = result["rec"] ** 0.5
+    density = torch.distributions.Normal(0.0, deviation)
+    errors = torch.full((3 * 64 * 64,), deviation)
+    assert result["elbo"] == pytest.approx(float(density.log_prob(errors).sum()) - result["kl"])
+    assert result["kl"] > 0
+
+
 # ---- a U-Net on a frozen iVAE ----
 
 IVAE = ("encoder", "prior", "decoder")
