@@ -326,6 +326,21 @@ def test_times_are_drawn_one_in_each_stratum(predict, shapes3d):
     assert 0.4 < places.mean() < 0.6 and places.min() < 0.05 and places.max() > 0.95
 
 
+def test_kl_waits_for_the_decoder():
+    """While encoder and prior learn alone nothing would hold q(z|x) narrow."""
+    cfg = small_cfg(settle=0.5, kl=0.1, rec=2.0)
+    terms = {name: torch.tensor(1.0) for name in ("ddpm", "rec", "kl", "contrast")}
+    assert float(train.total_loss(cfg, terms, 199)[0]) == pytest.approx(1 + 2 + cfg.contrast)
+    assert float(train.total_loss(cfg, terms, 200)[0]) == pytest.approx(1 + 2.1 + cfg.contrast)
+
+
+def test_the_average_keeps_statistics_that_are_no_weights():
+    model, ema = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    model(torch.rand(8, 3))
+    train.average(ema, model, 0.5)
+    assert same(dict(ema.named_buffers()), dict(model.named_buffers()))
+
+
 def test_the_learning_rate_rises_and_falls():
     cfg = small_cfg(steps=1000)
     shares = [train.warmth(cfg, step) for step in (0, 49, 500, 750, 1000)]
