@@ -1114,7 +1114,8 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
         return DATA_SETS[name](device)
     if not os.path.isfile(name):
         raise FileNotFoundError(f"data not found: '{name}'. Pass {', '.join(DATA_SETS)}, or the "
-                                "path of an .h5 or .npz file.")
+                                "path of an .h5 or .npz file. README's \"Your data\" makes one "
+                                "of a folder of pictures.")
     try:
         arrays = read_arrays(name, device, progress)
     except MemoryError as error:

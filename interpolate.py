@@ -43,29 +43,22 @@ def build_parser():
 
 # ---- Images, latents and their names ----
 
-def read_image(name, data):
-    """Image (C, H, W) of a row number, or the centre of a picture at the data's size."""
-    if name.isdecimal():
-        if int(name) >= len(data):
-            raise ValueError(f"row {name} is out of range: {data.name} has {len(data)} rows.")
-        row = torch.tensor([int(name)], device=data.device)
-        return data.images(row)[0]
-
-    # a picture, turned as its camera was held
+def read_picture(path, shape):
+    """The middle square of a picture at this shape (C, S, S), as (S, S, C) uint8; or ValueError."""
     from PIL import Image, ImageOps
-    channels, side, _ = data.image_shape
+    channels, side, _ = shape
     try:
-        file = Image.open(name)
+        file = Image.open(path)
         animated = getattr(file, "is_animated", False) and file.format != "MPO"
-        picture = ImageOps.exif_transpose(file)
+        picture = ImageOps.exif_transpose(file)                # turned as its camera was held
     except Exception:                                          # many kinds, as of formats
-        raise ValueError(f"'{name}' is neither a row number nor a readable picture.") from None
+        raise ValueError(f"'{path}' is neither a row number nor a readable picture.") from None
     if animated or picture.mode in ("I", "F"):
-        raise ValueError(f"'{name}' has several frames, or 32 bits a pixel; wanted is one frame of "
+        raise ValueError(f"'{path}' has several frames, or 32 bits a pixel; wanted is one frame of "
                          "8 or 16 bits. Save it as a PNG.")
 
     # 16 bits to 8; what is transparent lies on white
-    if picture.mode.startswith("I;16"):
+    if "16" in picture.mode:
         picture = Image.fromarray((np.array(picture) // 257).astype(np.uint8))
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -73,7 +66,17 @@ def read_image(name, data):
     # its middle square
     picture = picture.convert("L" if channels == 1 else "RGB")
     picture = ImageOps.fit(picture, (side, side))
-    pixels = np.array(picture).reshape(side, side, channels)
+    return np.array(picture).reshape(side, side, channels)
+
+
+def read_image(name, data):
+    """Image (C, H, W) of a row number, or the centre of a picture at the data's size."""
+    if name.isdecimal():
+        if int(name) >= len(data):
+            raise ValueError(f"row {name} is out of range: {data.name} has {len(data)} rows.")
+        row = torch.tensor([int(name)], device=data.device)
+        return data.images(row)[0]
+    pixels = read_picture(name, data.image_shape)
     return torch.from_numpy(pixels).permute(2, 0, 1).to(data.device) / 127.5 - 1
 
 
