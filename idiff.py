@@ -591,20 +591,29 @@ class ScoreUNet(nn.Module):
 
 
 # ---- VP-SDE and samplers ----
+
 class VPSDE:
     """Variance-preserving SDE, dx = -beta x/2 dt + sqrt(beta) dw, with beta linear in t in (0, 1].
+
     Its marginal is x_t = alpha x + sigma eps with alpha^2 + sigma^2 = 1 and eps ~ N(0, I). Methods
-    take t of any shape and return that shape. Source: Song et al. 2021, Eq. 11."""
-    beta_min, beta_rise = 0.1, 19.9                                    # beta(0), beta(1) - beta(0)
+    take t of any shape and return that shape. Source: Song et al. 2021, Eq. 11.
+    """
+
+    beta_min = 0.1                                             # beta(0)
+    beta_rise = 19.9                                           # beta(1) - beta(0)
 
     def beta(self, t):
         return self.beta_min + self.beta_rise * t
+
     def log_alpha(self, t):
         return -0.25 * self.beta_rise * t**2 - 0.5 * self.beta_min * t
+
     def alpha(self, t):
         return self.log_alpha(t).exp()
+
     def sigma(self, t):
-        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()    # 1 - alpha^2 would round near t = 0
+        # 1 - alpha^2 would round near t = 0
+        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
 
     def lam(self, t):
         """log(alpha / sigma), half the log signal-to-noise ratio; falls as t rises."""
@@ -619,31 +628,40 @@ class VPSDE:
         """x_t of clean x. x, eps: (B, C, H, W); t: (B,)."""
         return self.alpha(t).view(-1, 1, 1, 1) * x + self.sigma(t).view(-1, 1, 1, 1) * eps
 
+
 def time_grid(steps, sde, kind="logsnr"):
     """(steps + 1,) times from 1 down to 1e-3: "uniform" in t, or "logsnr", uniform in sde.lam."""
     if kind not in ("uniform", "logsnr"):
         raise ValueError(f"unknown time grid {kind!r}: use uniform or logsnr.")
     ts = torch.linspace(1, 1e-3, steps + 1)
+
+    # both ends stay exact
     if kind == "logsnr":
         first, last = sde.lam(ts[[0, -1]])
         ts[1:-1] = sde.t_of_lam(torch.linspace(first, last, steps + 1))[1:-1]
     return ts
 
+
 def seeded_noise(seeds, shape, device):
     """A function giving (B, *shape) noise on device; row k depends on seeds[k] alone."""
-    generators = [torch.Generator().manual_seed(s) for s in seeds]   # CPU: same on any device
+    # of the CPU: the same on any device
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
+
 # Samplers take x (B, C, H, W) along ts (S + 1,); eps_fn(x, t) has t (B,); noise(): the next draw.
+
 def check_stochastic(noise, ts):
     """ValueError unless there is noise and ts decreases: only an ODE runs from image to noise."""
     if noise is None or ts[0] < ts[-1]:
         raise ValueError("a stochastic sampler needs noise=seeded_noise(seeds, shape, device) and "
                          "decreasing ts; samplers of an ODE need neither.")
 
+
 def x0_from_eps(x, eps_hat, t, sde):
     """The clean image that eps_hat implies, E[x_0 | x_t] for the best eps_hat. t: ()."""
     return (x - sde.sigma(t) * eps_hat) / sde.alpha(t)
+
 
 @torch.no_grad()
 def sample_em(eps_fn, x, ts, sde, noise=None):
@@ -655,68 +673,93 @@ def sample_em(eps_fn, x, ts, sde, noise=None):
         x = x + g2h * (0.5 * x + score) + g2h.sqrt() * noise()
     return x
 
+
 @torch.no_grad()
 def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
     """Before each Euler-Maruyama step one step of Langevin dynamics at t; calls eps_fn 2S times.
-    Source: Song et al. 2021, Alg. 3 and 5, with norms of one image, not means over its batch.
-    Langevin's own error, up to snr^2 / 2 of the standard deviation, does not fall with S."""
+
+    Langevin's own error, up to snr^2 / 2 of the standard deviation, does not fall with S. Source:
+    Song et al. 2021, Alg. 3 and 5, with norms of one image, not means over its batch.
+    """
     check_stochastic(noise, ts)
     for t, t_next in zip(ts[:-1], ts[1:]):
+        # corrector: a step whose noise and score have the ratio snr
         score = -eps_fn(x, t.expand(len(x)).to(x)) / sde.sigma(t)
         eps = noise()
-        ratio = eps.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)             # (B,)
-        e = 2 * (1 - sde.beta(t) / 1000) * (snr * ratio).square().view(-1, 1, 1, 1)   # step size
+        ratio = eps.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)      # (B,)
+        e = 2 * (1 - sde.beta(t) / 1000) * (snr * ratio).square().view(-1, 1, 1, 1)
         x = x + e * score + (2 * e).sqrt() * eps
+
+        # predictor
         x = sample_em(eps_fn, x, torch.stack([t, t_next]), sde, noise)
     return x
+
 
 @torch.no_grad()
 def sample_ddim(eps_fn, x, ts, sde, noise=None, *, eta=0.0):
     """DDIM, an ODE for eta = 0 and the ancestral sampler of DDPM for eta = 1; S calls of eps_fn.
-    Source: Song, Meng and Ermon 2021, Eq. 12 and 16."""
+
+    Source: Song, Meng and Ermon 2021, Eq. 12 and 16.
+    """
     if eta > 0:
         check_stochastic(noise, ts)
     for t, t_next in zip(ts[:-1], ts[1:]):
         eps_hat = eps_fn(x, t.expand(len(x)).to(x))
+
+        # how much of the noise at t_next is drawn anew
         fresh = -torch.expm1(2 * (sde.log_alpha(t) - sde.log_alpha(t_next)))
         var = (eta * sde.sigma(t_next) / sde.sigma(t))**2 * fresh
+
         x = (sde.alpha(t_next) * x0_from_eps(x, eps_hat, t, sde)
              + (sde.sigma(t_next)**2 - var).sqrt() * eps_hat)
         if eta > 0:
             x = x + var.sqrt() * noise()
     return x
 
+
 @torch.no_grad()
 def sample_heun(eps_fn, x, ts, sde, noise=None):
     """Probability-flow ODE by Heun's method, order 2; calls eps_fn 2S times. noise is not used.
-    Source: Song et al. 2021, Eq. 13, for the VP-SDE."""
+
+    Source: Song et al. 2021, Eq. 13, for the VP-SDE.
+    """
     def slope(x, t):
         return -0.5 * sde.beta(t) * (x - eps_fn(x, t.expand(len(x)).to(x)) / sde.sigma(t))
+
     for t, t_next in zip(ts[:-1], ts[1:]):
         first = slope(x, t)
         second = slope(x + (t_next - t) * first, t_next)
         x = x + (t_next - t) * 0.5 * (first + second)
     return x
 
+
 @torch.no_grad()
 def sample_dpmpp(eps_fn, x, ts, sde, noise=None):
     """Probability-flow ODE by DPM-Solver++(2M), order 2 on "logsnr" grids; S calls of eps_fn.
-    Its first step is DDIM. noise is not used. Source: Lu et al. 2022 (2211.01095), Alg. 2."""
+
+    Its first step is DDIM. noise is not used. Source: Lu et al. 2022 (2211.01095), Alg. 2.
+    """
     x0_prev = h_prev = None
     for t, t_next in zip(ts[:-1], ts[1:]):
         x0 = x0_from_eps(x, eps_fn(x, t.expand(len(x)).to(x)), t, sde)
         h = sde.lam(t_next) - sde.lam(t)
+
+        # the clean image on a line through the last two, at the middle of the step
         ahead = x0 if x0_prev is None else x0 + 0.5 * h / h_prev * (x0 - x0_prev)
         x = sde.sigma(t_next) / sde.sigma(t) * x - sde.alpha(t_next) * torch.expm1(-h) * ahead
         x0_prev, h_prev = x0, h
     return x
 
+
 SAMPLERS = {"em": sample_em, "pc": sample_pc, "ddim": sample_ddim, "heun": sample_heun,
             "dpmpp": sample_dpmpp}
 
+
 def invert(eps_fn, x, ts, sde):
     """The noise (B, C, H, W) at max(ts) that the probability-flow ODE maps to x; S calls.
-    ts in either order: sample_dpmpp on the same grid returns to x. Others invert by ts.flip(0)."""
+
+    ts in either order: sample_dpmpp on the same grid returns to x. Others invert by ts.flip(0).
+    """
     return sample_dpmpp(eps_fn, x, ts.sort().values, sde)
 
 
