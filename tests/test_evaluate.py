@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import evaluate
-from idiff import Config, IDiff, load_data, save_checkpoint
+from idiff import Config, IDiff, load_checkpoint, load_data, save_checkpoint
 
 SCRIPT = Path(evaluate.__file__)
 
@@ -61,6 +61,20 @@ def small_classifier(monkeypatch):
     """Fewer steps than 64 x 64 images of six factors need."""
     train = evaluate.train_reader
     monkeypatch.setattr(evaluate, "train_reader", lambda data, seed: train(data, seed, 200))
+
+
+def test_metrics_are_those_of_the_means(tmp_path):
+    """Not of samples of q(z|x): a user's own call of encode and mig gives the report's number."""
+    path = small_grid(tmp_path / "grid.npz")
+    ckpt = write_checkpoint(tmp_path / "run", path, settle=0.0)
+    evaluate.main([str(ckpt), "--no-dci", "--n", "240"])
+    report = json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+    data, rows = load_data(path), torch.arange(240)
+    codes, _ = load_checkpoint(str(ckpt)).encode(data.images(rows))
+    mig = evaluate.mig(codes.numpy(), data.factors(rows).numpy())
+    assert report["metrics"]["mig"] == pytest.approx(mig, abs=1e-9)
+
 
 
 @pytest.fixture(scope="module")
