@@ -36,7 +36,7 @@ EPOCH = 480_000             # draws
 SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, rec_images=0, ddpm_images=0,
                       batch_size=512, epochs=10.0, precision="bfloat16")}
-PAPER = dict(latent_dim=10, prior_mean="learned", u="var", kl=5e-4, rec=0.1,
+PAPER = dict(latent_dim=10, prior="full", prior_mean="learned", u="var", kl=5e-4, rec=0.1,
              contrast=0.0, settle=0.0, predict="eps", batch_size=32, rec_images=0,
              ddpm_images=0, lr=2e-4, muon=0.0, schedule="constant")
 
@@ -78,7 +78,8 @@ def build_parser():
     add("--over", nargs="+", action="append", default=[], metavar="NAME VALUE",
         help="a flag and its values to search too, as in --over prior known full")
     add("--trials", type=int, help="how many this process runs (default: 30; grid: every cell)")
-    add("--objective", choices=("mig", "elbo"), default="mig", help="elbo needs no labels (mig)")
+    add("--objective", choices=("mig", "contrast"), default="mig",
+        help="contrast, on draws of a fixed seed, needs no labels (mig)")
     add("--storage", metavar="URL", help="a database in place of the file study.log in --out")
 
     add = parser.add_argument_group("what changes the numbers; defaults: the recipe").add_argument
@@ -493,12 +494,12 @@ def validate(cfg, model, data, n=4096, size=256):
         rows, u = data.draw(size, generator, cfg.u, cfg.u_scale)
         x = data.images(rows)
         terms = model(x, u, t=x[:0, 0, 0, 0], eps=x[:0])   # no images for the U-Net
-        values.append(torch.stack([terms["rec"], terms["kl"]]))
-    rec, kl = torch.stack(values).mean(dim=0).tolist()
+        values.append(torch.stack(list(terms.values())))
+    means = dict(zip(terms, torch.stack(values).mean(dim=0).tolist()))
 
     # the best variance of a Gaussian decoder is its mean squared error
-    elbo = -math.prod(data.image_shape) / 2 * math.log(2 * math.pi * math.e * rec) - kl
-    return {"elbo": elbo, "rec": rec, "kl": kl}
+    entropy = math.prod(data.image_shape) / 2 * math.log(2 * math.pi * math.e * means["rec"])
+    return {"elbo": -entropy - means["kl"], **means}
 
 
 def describe(cfg, data, model):
@@ -552,7 +553,7 @@ def command(script):
 
 
 def finish(cfg, data, out, model):
-    """Validation ELBO, pictures and the two commands that come next; returns the ELBO."""
+    """Validation ELBO, pictures and the two commands that come next; returns the first."""
     result = validate(cfg, model, data)
     log(out, {"step": cfg.steps, "validation": result})
     print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
@@ -563,7 +564,7 @@ def finish(cfg, data, out, model):
         draw_samples(path, model, data)
     path = shlex.quote(f"{out}/ckpt.pt")
     print(f"Next:\n  {command('evaluate')} {path}\n  {command('interpolate')} {path}")
-    return result["elbo"]
+    return result
 
 
 def prepare(args):
@@ -602,7 +603,7 @@ def prepare(args):
 
 
 def run(args):
-    """One run, from its first line to its last; its ELBO on rank 0."""
+    """One run, from its first line to its last; its validation on rank 0."""
     content, ivae, data, cfg, info = prepare(args)
 
     # model
@@ -734,9 +735,9 @@ def run_trial(trial, args, out, space):
         else:
             chosen[name] = trial.suggest_float(name, *values, log=name == "kl")
     try:
-        elbo = run(argparse.Namespace(**{**vars(args), **chosen, "out": folder}))
-        if args.objective == "elbo":
-            return elbo
+        result = run(argparse.Namespace(**{**vars(args), **chosen, "out": folder}))
+        if args.objective == "contrast":
+            return -result.get("contrast", 0)              # 0: u tells nothing
         argv = ["--no-dci", "--n", "10000", "--", f"{folder}/ckpt.pt"]
         flags = evaluate.build_parser().parse_args(argv)
         report, parts = evaluate.report(flags.paths[0], flags)
@@ -768,7 +769,7 @@ def write_trials(study, args, out, space):
         best = study.best_trial
         rows = [["hyperparameter", "search space", "best value", "the paper's best"]]
         for k, values in space.items():
-            rows.append([k, values, f"{best.params[k]!s:.9}", str(PAPER.get(k))])
+            rows.append([k, values, f"{best.params[k]!s:.9}", f"{PAPER.get(k)}"])
         text += f"\nBest: {out}/trial-{best.number:03d}/ckpt.pt\n\n{evaluate.table(zip(*rows))}"
 
         with evaluate.drawing(Path(f"{out}/search.png")) as path:

@@ -58,15 +58,15 @@ def test_grid_runs_each_cell_once_reports_it_and_is_then_done(argv, tmp_path, ca
     assert len(study_of(argv).trials) == 4 and text in capsys.readouterr().out
 
 
-def test_bayes_stays_in_the_papers_ranges_and_elbo_is_the_runs_own(tiny_npz, tmp_path):
+def test_bayes_stays_in_the_papers_ranges_and_the_contrast_is_the_runs_own(tiny_npz, tmp_path):
     train.main([*TINY, "--data", tiny_npz, "--out", str(tmp_path), "--search", "bayes", "--trials",
-                "3", "--objective", "elbo"])
+                "3", "--objective", "contrast"])
     trials = study_of(["--out", str(tmp_path)]).trials
     assert len(trials) == 3
     for trial in trials:
         assert 1e-5 <= trial.params["kl"] <= 0.1 and 0.01 <= trial.params["rec"] <= 5
         log = (tmp_path / f"trial-{trial.number:03d}" / "log.jsonl").read_text().splitlines()
-        assert trial.value == json.loads(log[-1])["validation"]["elbo"]
+        assert trial.value == -json.loads(log[-1])["validation"]["contrast"] != 0
 
 
 def test_a_killed_trial_of_a_database_is_marked_failed_and_its_cell_runs_again(argv, tmp_path):
@@ -108,7 +108,7 @@ def test_a_stopped_trial_runs_again_whatever_it_was_doing(argv, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["--rec-images 4", "--over kl 1e-3", "--over contrast 0 1",
-                                   "--objective elbo"])
+                                   "--objective contrast"])
 def test_a_folder_holds_one_search(argv, capsys, flags):
     train.main([*argv, "--search", "grid", "--trials", "1"])
     with pytest.raises(SystemExit) as refused:
