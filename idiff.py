@@ -63,7 +63,7 @@ class Config:
     prior: str = option("full", "p(z|u): read off u; a net per latent; one net of all u", PRIORS)
     prior_mean: str = option("auto", "means of a learned p(z|u); auto: zero under --u var",
                              ("auto", "learned", "zero"))
-    u: str = option("mean+var", "own: data's; var: take --u-scale .1 --contrast 1 --rec 1 --kl 1e-3",
+    u: str = option("mean+var", "own: data's; var: try --u-scale .1 --contrast 1 --rec 1 --kl 1e-3",
                     ("var", "mean+var", "own"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
     kl: float = option(1e-5, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")

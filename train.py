@@ -495,7 +495,7 @@ def validate(cfg, model, data, n=4096, size=256):
         x = data.images(rows)
         terms = model(x, u, t=x[:0, 0, 0, 0], eps=x[:0])   # no images for the U-Net
         values.append(torch.stack(list(terms.values())))
-    means = dict(zip(terms, torch.stack(values).mean(dim=0).tolist()))
+    means = dict(zip(terms, torch.stack(values).mean(0).tolist()))
 
     # the best variance of a Gaussian decoder is its mean squared error
     entropy = math.prod(data.image_shape) / 2 * math.log(2 * math.pi * math.e * means["rec"])
@@ -521,13 +521,12 @@ def describe(cfg, data, model):
 def draw_losses(path, out):
     """losses.png: each term by step."""
     records = [json.loads(line) for line in Path(f"{out}/log.jsonl").read_text().splitlines()]
-    names = ("ddpm", "rec", "kl", "contrast")
-    figure, axes = evaluate.panels(len(names), (8, 2.2))
-    for axis, name in zip(axes, names):
+    figure, axes = evaluate.panels(4, (8, 2.2))
+    for axis, name in zip(axes, ("ddpm", "rec", "kl", "contrast")):
         points = [(r["step"], r[name]) for r in records if name in r]
         axis.plot(*zip(*points))
-        axis.set(ylabel=name, yscale="linear" if name == "contrast" else "log")
-    axis.set(xlabel="step")
+        axis.set(title=f"{name} by step", xlim=(0, records[-1]["step"]),
+                 yscale="linear" if name == "contrast" else "log")
     figure.savefig(path, dpi=150)
 
 
