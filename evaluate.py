@@ -118,8 +118,8 @@ def as_arrays(codes, factors, n_bins=None):
         a = np.asarray(a)
         if a.ndim != 2 or 0 in a.shape or len(a) < 2 or a.dtype.kind not in "buif":
             raise ValueError(f"{name} must be numbers, 2 rows or more; got {a.dtype} {a.shape}.")
-        if not np.isfinite(a).all():
-            raise ValueError(f"{name} hold NaN or inf.")
+        if not (np.abs(a) < 1e150).all():                  # whose squares are no numbers
+            raise ValueError(f"{name} hold NaN, inf or numbers beyond 1e150.")
         arrays.append(a)
 
     # a row of each for every image

@@ -243,9 +243,10 @@ def test_one_latent_has_no_completeness(perfect):
 
 
 @pytest.mark.parametrize("codes, factors, message", [
-    (np.full((9, 2), np.nan), np.ones((9, 2)), "codes hold NaN or inf"),
-    (np.array([[0, 1], [0, np.inf]]), np.ones((2, 2)), "codes hold NaN or inf"),
-    (np.ones((9, 2)), np.full((9, 2), np.nan), "factors hold NaN or inf"),
+    (np.full((9, 2), np.nan), np.ones((9, 2)), "codes hold NaN, inf"),
+    (np.array([[0, 1], [0, 1e200]]), np.ones((2, 2)), "beyond 1e150"),         # squares overflow
+    (np.array([[0, 1], [0, np.inf]]), np.ones((2, 2)), "codes hold NaN, inf"),
+    (np.ones((9, 2)), np.full((9, 2), np.nan), "factors hold NaN, inf"),
     (np.ones((0, 2)), np.ones((0, 2)), "codes must be numbers"),
     (np.ones((9, 0)), np.ones((9, 2)), "codes must be numbers"),
     (np.ones((9, 2)), np.ones(9), "factors must be numbers"),
