@@ -118,7 +118,8 @@ def as_arrays(codes, factors, n_bins=None):
         a = np.asarray(a)
         if a.ndim != 2 or 0 in a.shape or len(a) < 2 or a.dtype.kind not in "buif":
             raise ValueError(f"{name} must be numbers, 2 rows or more; got {a.dtype} {a.shape}.")
-        if not (np.abs(a) < 1e150).all():                  # whose squares are no numbers
+        a = a.astype(float)
+        if not (abs(a) < 1e150).all():           # lest squares overflow
             raise ValueError(f"{name} hold NaN, inf or numbers beyond 1e150.")
         arrays.append(a)
 
@@ -135,7 +136,7 @@ def as_arrays(codes, factors, n_bins=None):
             labels[:, j] = equal_bins(column, n_bins)
             warnings.warn(f"factor {j} is a number, not a class: put into {n_bins} equal bins, but "
                           "for MCC.")
-    return codes.astype(np.float64), labels
+    return codes, labels
 
 
 def varying(factors):
