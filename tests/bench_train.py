@@ -248,7 +248,7 @@ def bench_levers(args, data):
     small = replace(Config(), steps=10_000)
     def default_adamw(cfg):
         model, ema, _ = build(cfg)
-        return model, ema, torch.optim.AdamW(model.parameters(), cfg.lr)
+        return model, ema, [torch.optim.AdamW(model.parameters(), cfg.lr)]
     def contiguous(cfg):
         parts = build(cfg)
         parts[0].to(memory_format=torch.contiguous_format)
