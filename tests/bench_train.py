@@ -138,19 +138,19 @@ def build(cfg, make=None, width=0):
 
 def step_s(cfg, data, parts, contiguous=False):
     """Seconds of one training step, draw included."""
-    model, ema, optimizers = parts
+    step = cfg.settle_steps                    # from which on all parts learn
     start = time.perf_counter()
-    batch = train.draw_batch(cfg, data, 0)
+    batch = train.draw_batch(cfg, data, step)
     if contiguous:
         batch = [tensor.contiguous() for tensor in batch]
-    float(train.train_step(cfg, model, ema, optimizers, batch, 0)["rec"])      # waits for the device
+    float(train.train_step(cfg, *parts, batch, step)["rec"])               # waits for the device
     return time.perf_counter() - start
 
 def draw_s(cfg, data, n=10):
     """Seconds of draw_batch alone, mean of n."""
     start = time.perf_counter()
     for _ in range(n):
-        x = train.draw_batch(cfg, data, 0)[0]
+        x = train.draw_batch(cfg, data, cfg.settle_steps)[0]
     float(x[0, 0, 0, 0])
     return (time.perf_counter() - start) / n
 
