@@ -143,7 +143,7 @@ def step_s(cfg, data, parts, contiguous=False):
     batch = train.draw_batch(cfg, data, step)
     if contiguous:
         batch = [tensor.contiguous() for tensor in batch]
-    float(train.train_step(cfg, *parts, batch, step)["rec"])               # waits for the device
+    float(train.train_step(cfg, *parts, batch, step)["gradient norm"])         # waits for the device
     return time.perf_counter() - start
 
 def draw_s(cfg, data, n=10):
