@@ -143,7 +143,7 @@ def step_s(cfg, data, parts, contiguous=False):
     batch = train.draw_batch(cfg, data, step)
     if contiguous:
         batch = [tensor.contiguous() for tensor in batch]
-    float(train.train_step(cfg, *parts, batch, step)["gradient norm"])         # waits for the device
+    float(train.train_step(cfg, *parts, batch, step)["gradient norm"])     # waits
     return time.perf_counter() - start
 
 def draw_s(cfg, data, n=10):
@@ -315,7 +315,7 @@ def matmul_rate(side, dtype, n=10):
     return 2 * side**3 * n / (time.perf_counter() - start)
 
 def several_s(cfg, data, parts, first, n):
-    """Seconds of one of n steps from the first on; the host waits for the device once, at the end."""
+    """Seconds of one of n steps from the first on; the host waits once, at the end."""
     start = time.perf_counter()
     for step in range(first, first + n):
         train.train_step(cfg, *parts, train.draw_batch(cfg, data, step), step)
