@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Shared by all tests: one CPU thread, the root on the path, a tiny data file and a tiny run."""
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,15 @@ from idiff import PRIORS  # noqa: E402
 
 TINY = ("--width 8 --unet-width 8 --batch-size 4 --ddpm-images 2 --device cpu --latent-dim 3 "
         "--size small --settle 0 --log-every 1").split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_validation():
+    """A run's end sees 512 draws, not 4,096."""
+    import train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "validate", partial(train.validate, n=512))
+        yield
 
 
 @pytest.fixture(scope="session")
