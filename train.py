@@ -247,14 +247,17 @@ class Muon(torch.optim.Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]       # that learn yet
             averages = []
             for p in weights:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.lerp_(p.grad, 0.1)
+                state = self.state[p]
+                if not state:
+                    state["average"] = torch.zeros_like(p)
+                average = state["average"].lerp_(p.grad, 0.1)
                 averages.append(average.flatten(1))
             if not weights:
                 continue
 
             steps = orthogonalise(torch.stack(averages))       # (N, R, C)
-            rate = group["lr"] * max(1, steps.shape[1] / steps.shape[2]) ** 0.5
+            _, n_rows, n_columns = steps.shape
+            rate = group["lr"] * max(1, n_rows / n_columns) ** 0.5
             for p, step in zip(weights, steps):
                 p.sub_(rate * step.view_as(p))
 
@@ -315,9 +318,8 @@ def restore(content, model, ema, optimizers):
     for key in ("data_arg", "fingerprint", "size", "method", "frozen"):
         if key not in content["info"]:
             raise ValueError(f"its info lacks {key}")
-    steps = ema.cfg.steps
-    if content["step"] not in range(steps + 1):
-        raise ValueError(f"its step is {content['step']}, of {steps}")
+    if content["step"] not in range(ema.cfg.steps + 1):
+        raise ValueError(f"its step is {content['step']}, of {ema.cfg.steps}")
 
     # weights, averaged weights and the optimisers' moments
     model.load_state_dict(content["model"])
@@ -775,8 +777,8 @@ def write_trials(study, args, out, space):
             figure, axes = evaluate.panels(len(space), (6, 2.5))
             for axis, k in zip(axes, space):
                 axis.scatter([trial.params[k] for trial in done], [trial.value for trial in done])
-                scale = "log" if k == "kl" else "linear"
-                axis.set(xlabel=k, ylabel=args.objective, xscale=scale)
+                axis.set(xlabel=k, ylabel=args.objective,
+                         xscale="log" if k == "kl" else "linear")
             figure.savefig(path, dpi=150)
     Path(f"{out}/trials.md").write_text(text, "utf-8", "replace")
     return text
