@@ -126,6 +126,13 @@ def config(batch, **changes):
     return replace(Config(), steps=10_000, batch_size=batch, ddpm_images=batch, rec_images=batch,
                    settle=0.0, precision=PRECISION, **changes)
 
+def sized(size, batch):
+    """Config of a size at this batch; decoder and U-Net see the same share as in its own."""
+    cfg = replace(Config(), **train.SIZES[size])
+    return replace(cfg, steps=10_000, batch_size=batch, precision=PRECISION,
+                   rec_images=cfg.rec_images * batch // cfg.batch_size or batch,
+                   ddpm_images=cfg.ddpm_images * batch // cfg.batch_size or batch)
+
 def build(cfg, make=None, width=0):
     """train.build, with another U-Net if one is given; the iVAE's weights are the same for all."""
     def model(cfg):
@@ -168,15 +175,19 @@ def peak_mib(make, cfg, width):
     To be called in a process of its own, for a peak belongs to a process."""
     b, n_u = cfg.batch_size, 2 * cfg.n_factors
     batch = [torch.rand(b, 3, 64, 64), torch.rand(b, n_u), torch.rand(b), torch.rand(b, 3, 64, 64)]
-    before = status_mib("VmRSS")
+    before = 0 if DEVICE.type == "cuda" else status_mib("VmRSS")
     model, ema, optimizers = build(cfg, make, width)
     try:
         train.train_step(cfg, model, ema, optimizers, [v.to(DEVICE) for v in batch], 0)
     except torch.OutOfMemoryError:
         return np.inf
+    return most_mib() - before
+
+def most_mib():
+    """The most memory so far, in MiB: of the GPU, or of this process."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return status_mib("VmHWM") - before
+    return status_mib("VmHWM")
 
 def status_mib(key):
     """A field of Linux's /proc/self/status in MiB, NaN elsewhere."""
@@ -228,10 +239,9 @@ def write_file(path, data, n=4096):
 
 def bench_data(args, data, file_data):
     """draw_batch of the replica and of a file, as shares of the steps of both sizes."""
-    full = {**train.SIZES["full"], "batch_size": 32, "ddpm_images": 32, "precision": PRECISION}
-    sizes = {"small": Config(), **({} if args.quick else {"full": replace(Config(), **full)})}
-    for size, cfg in sizes.items():
-        cfg, name = replace(cfg, steps=10_000), f"{size} step, batch {cfg.batch_size}"
+    batches = {"small": 128} if args.quick else {"small": 128, "full": 32}
+    for size, batch in batches.items():
+        cfg, name = sized(size, batch), f"{size} step, batch {batch}"
         parts = build(cfg)
         times = in_turn({"step": partial(step_s, cfg, data, parts),
                          data.name: partial(draw_s, cfg, data),
@@ -259,7 +269,7 @@ def bench_levers(args, data):
         cfg = replace(small, **changes)
         runs[name] = partial(step_s, cfg, data, build(cfg))
     runs["not channels_last"] = partial(step_s, small, data, contiguous(small), contiguous=True)
-    runs["AdamW not fused"] = partial(step_s, small, data, default_adamw(small))
+    runs["AdamW for all, not fused"] = partial(step_s, small, data, default_adamw(small))
     times = in_turn(runs, args.rounds)
     for name, seconds in times.items():
         print_times("lever, small step", name, [1000 * s for s in seconds], "ms",
@@ -331,12 +341,7 @@ def bench_limit(args, data):
                   "GFLOP", "share of the product's rate", "peak MiB", "hours for 4.8 M images"))
 
     for size, batch in STEPS if DEVICE.type == "cuda" else STEPS[:1]:
-        images = batch if size == "full" else batch // 4
-        values = {**train.SIZES[size], "batch_size": batch, "steps": 10_000,
-                  "rec_images": images, "ddpm_images": images, "precision": PRECISION}
-        if size == "small":
-            values["ddpm_images"] = 3 * batch // 16
-        cfg = replace(Config(), **values)
+        cfg = sized(size, batch)
         joint = cfg.settle_steps
         parts = train.build(cfg, DEVICE)
 
@@ -355,14 +360,11 @@ def bench_limit(args, data):
                     torch.cuda.reset_peak_memory_stats()
                 settling = several_s(cfg, data, parts, 0, args.rounds)
                 seconds = several_s(cfg, data, parts, joint, args.rounds)
-            mib = status_mib("VmHWM")
-            if DEVICE.type == "cuda":
-                mib = torch.cuda.max_memory_allocated() / 2**20
             total = PAPER_IMAGES / batch / 3600 * (cfg.settle * settling
                                                    + (1 - cfg.settle) * seconds)
             print_row(size, str(batch), name, f"{1000 * settling:.1f}", f"{1000 * seconds:.1f}",
                       f"{batch / seconds:.0f}", f"{flops / 1e9:.0f}",
-                      f"{flops / seconds / peak:.3f}", f"{mib:.0f}", f"{total:.2f}")
+                      f"{flops / seconds / peak:.3f}", f"{most_mib():.0f}", f"{total:.2f}")
 
 # ---- the curve ----
 
