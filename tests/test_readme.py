@@ -202,7 +202,7 @@ def test_hack_of_the_log(hacked, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", library)
     hacked("**Numbers to Weights & Biases**")
     written = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert len(begun) == 1 and "config" in told[0] and "validation" in told[-1]
+    assert len(begun) == 1 and "config" in told[0] and "elbo" in told[-1]["validation"]
     assert [r["step"] for r in told[1:]] == [1, 2, 3, 3]
     assert json.loads(json.dumps(told)) == written
 
