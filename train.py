@@ -521,13 +521,14 @@ def describe(cfg, data, model):
 
 
 def draw_losses(path, out):
-    """losses.png: each term by step."""
+    """losses.png: each term, and the gradient's norm, by step."""
     records = [json.loads(line) for line in Path(f"{out}/log.jsonl").read_text().splitlines()]
-    figure, axes = evaluate.panels(4, (8, 2.2))
-    for axis, name in zip(axes, ("ddpm", "rec", "kl", "contrast")):
+    names = list(records[-2])[1:-1]                        # but "step" and "seconds"
+    figure, axes = evaluate.panels(len(names), (8, 2.2))
+    for axis, name in zip(axes, names):
         points = [(r["step"], r[name]) for r in records if name in r]
         axis.plot(*zip(*points))
-        axis.set(title=f"{name} by step", xlim=(0, records[-1]["step"]),
+        axis.set(title=f"{name} by step", xmargin=0, xlim=(0, None),
                  yscale="linear" if name == "contrast" else "log")
     figure.savefig(path, dpi=150)
 

@@ -698,6 +698,18 @@ def test_a_term_of_no_weight_may_overflow(tmp_path, tiny_npz, monkeypatch):
         train.main([*argv, "--kl-reverse", "1", "--out", str(tmp_path / "other")])
 
 
+def test_losses_of_an_ivae_are_drawn_though_none_is_the_unets(tmp_path):
+    """A contrast below 0 has no logarithm, and where only one panel is empty none is drawn."""
+    records = [{"config": {}}, {"step": 20, "contrast": -0.1, "gradient norm": 1, "seconds": 0},
+               {"step": 40, "kl": 2, "contrast": -0.2, "rec": 0.1, "gradient norm": 1, "seconds": 0},
+               {"step": 60, "kl": 1, "contrast": -0.3, "rec": 0.2, "gradient norm": 1, "seconds": 1},
+               {"step": 60, "validation": {"elbo": -1}}]
+    lines = [json.dumps(record) for record in records]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    train.draw_losses(tmp_path / "losses.png", tmp_path)
+    assert (tmp_path / "losses.png").is_file()
+
+
 def test_no_torchvision_is_needed(tmp_path, tiny_npz):
     """One made for another torch raises as it is imported."""
     (tmp_path / "torchvision").mkdir()
