@@ -305,7 +305,7 @@ def find_data(info, checkpoint):
     name = str(info.get("data_arg", f"that of {checkpoint}"))
     beside = str(Path(checkpoint).parent / Path(name).name)
     for place in (name, beside):
-        if place in DATA_SETS or os.path.isfile(place):
+        if place in DATA_SETS or os.path.exists(place):
             return place
     raise FileNotFoundError(f"data of '{checkpoint}' not found: neither '{name}' nor '{beside}'. "
                             "Pass --data and their path.")

@@ -20,6 +20,7 @@ pixels; KL is a sum over latents, a mean over the batch. Shape letters: B batch,
 H W pixels, F features, D latents, L categories, U entries of u, E embedding, K factors, V values
 of a factor, N images, S sampler steps. Images lie in [-1, 1].
 """
+import csv
 import hashlib
 import json
 import math
@@ -208,12 +209,9 @@ class Categories(OneHotCategorical):
         return (z * self.logits).sum(dim=-1)
 
     def code(self):
-        """The likeliest category's index, and the index's log-variance, (B, D) each."""
-        index = torch.arange(self.logits.shape[-1], device=self.logits.device).float()
-        mean = self.probs @ index
-        variance = self.probs @ index.square() - mean.square()
-        logvar = variance.clamp(min=1e-6).log()                # 0, but for rounding, if certain
-        return self.logits.argmax(dim=-1).to(logvar), logvar
+        """The likeliest category's index, and log of the chance that it is another, (B, D) each."""
+        chance, index = self.probs.max(dim=-1)
+        return index.to(chance), (1 - chance).clamp(min=1e-6).log()
 
 
 def kl_loss(q, p):
@@ -410,18 +408,17 @@ def numbers_per_latent(cfg):
 
 
 class Prior(nn.Module):
-    """p(z|u): u (B, U) -> a distribution over (B, D), by forward of each class below."""
+    """p(z|u): u (B, U) -> a distribution over (B, D).
+
+    Here N(0, 1) for every latent, or equal chances, whatever u is: a VAE's prior.
+    """
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
 
-
-class StandardPrior(Prior):
-    """N(0, 1) for every latent, or equal chances, whatever u is: a VAE's prior."""
-
     def forward(self, u):
-        nothing = torch.zeros(len(u), 0, numbers_per_latent(self.cfg), device=u.device)
+        nothing = u.new_zeros(len(u), 0, numbers_per_latent(self.cfg))
         return prior_distribution(self.cfg, nothing)
 
 
@@ -453,9 +450,8 @@ class DiagonalPrior(Prior):
     def __init__(self, cfg, hidden=64):
         super().__init__(cfg)
         n = min(cfg.n_factors, cfg.latent_dim)
-        self.nets = nn.ModuleList()
-        for _ in range(n):
-            self.nets.append(mlp(2, hidden, hidden, numbers_per_latent(cfg)))
+        widths = (2, hidden, hidden, numbers_per_latent(cfg))
+        self.nets = nn.ModuleList(mlp(*widths) for _ in range(n))
 
     def forward(self, u):
         log_s, m = unpack_u(u, self.cfg)
@@ -626,19 +622,18 @@ class VPSDE:
 
     def add_noise(self, x, eps, t):
         """x_t of clean x. x, eps: (B, C, H, W); t: (B,)."""
-        return self.alpha(t).view(-1, 1, 1, 1) * x + self.sigma(t).view(-1, 1, 1, 1) * eps
+        t = t.view(-1, 1, 1, 1)
+        return self.alpha(t) * x + self.sigma(t) * eps
 
 
-def time_grid(steps, sde, kind="logsnr"):
-    """(steps + 1,) times from 1 down to 1e-3: "uniform" in t, or "logsnr", uniform in sde.lam."""
-    if kind not in ("uniform", "logsnr"):
-        raise ValueError(f"unknown time grid {kind!r}: use uniform or logsnr.")
-    ts = torch.linspace(1, 1e-3, steps + 1)
+def time_grid(steps, sde):
+    """(steps + 1,) times from 1 down to 1e-3, uniform in sde.lam, the logarithm of signal to noise.
 
-    # both ends stay exact
-    if kind == "logsnr":
-        first, last = sde.lam(ts[[0, -1]])
-        ts[1:-1] = sde.t_of_lam(torch.linspace(first, last, steps + 1))[1:-1]
+    Any other grid will do, as torch.linspace(1, 1e-3, steps + 1).
+    """
+    ends = torch.tensor([1, 1e-3])
+    ts = sde.t_of_lam(torch.linspace(*sde.lam(ends), steps + 1))
+    ts[[0, -1]] = ends                                         # they stay exact
     return ts
 
 
@@ -649,7 +644,8 @@ def seeded_noise(seeds, shape, device):
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
-# Samplers take x (B, C, H, W) along ts (S + 1,); eps_fn(x, t) has t (B,); noise(): the next draw.
+# Samplers take x (B, C, H, W) along ts (S + 1,) on its device; eps_fn(x, t) has t (B,); noise()
+# gives the next draw.
 
 def check_stochastic(noise, ts):
     """ValueError unless there is noise and ts decreases: only an ODE runs from image to noise."""
@@ -668,7 +664,7 @@ def sample_em(eps_fn, x, ts, sde, noise=None):
     """Reverse SDE by Euler-Maruyama; calls eps_fn S times. Source: Song et al. 2021, Eq. 6."""
     check_stochastic(noise, ts)
     for t, t_next in zip(ts[:-1], ts[1:]):
-        score = -eps_fn(x, t.expand(len(x)).to(x)) / sde.sigma(t)
+        score = -eps_fn(x, t.expand(len(x))) / sde.sigma(t)
         g2h = sde.beta(t) * (t - t_next)
         x = x + g2h * (0.5 * x + score) + g2h.sqrt() * noise()
     return x
@@ -684,7 +680,7 @@ def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
     check_stochastic(noise, ts)
     for t, t_next in zip(ts[:-1], ts[1:]):
         # corrector: a step whose noise and score have the ratio snr
-        score = -eps_fn(x, t.expand(len(x)).to(x)) / sde.sigma(t)
+        score = -eps_fn(x, t.expand(len(x))) / sde.sigma(t)
         eps = noise()
         ratio = eps.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)      # (B,)
         e = 2 * (1 - sde.beta(t) / 1000) * (snr * ratio).square().view(-1, 1, 1, 1)
@@ -704,7 +700,7 @@ def sample_ddim(eps_fn, x, ts, sde, noise=None, *, eta=0.0):
     if eta > 0:
         check_stochastic(noise, ts)
     for t, t_next in zip(ts[:-1], ts[1:]):
-        eps_hat = eps_fn(x, t.expand(len(x)).to(x))
+        eps_hat = eps_fn(x, t.expand(len(x)))
 
         # how much of the noise at t_next is drawn anew
         fresh = -torch.expm1(2 * (sde.log_alpha(t) - sde.log_alpha(t_next)))
@@ -724,7 +720,7 @@ def sample_heun(eps_fn, x, ts, sde, noise=None):
     Source: Song et al. 2021, Eq. 13, for the VP-SDE.
     """
     def slope(x, t):
-        return -0.5 * sde.beta(t) * (x - eps_fn(x, t.expand(len(x)).to(x)) / sde.sigma(t))
+        return -0.5 * sde.beta(t) * (x - eps_fn(x, t.expand(len(x))) / sde.sigma(t))
 
     for t, t_next in zip(ts[:-1], ts[1:]):
         first = slope(x, t)
@@ -741,7 +737,7 @@ def sample_dpmpp(eps_fn, x, ts, sde, noise=None):
     """
     x0_prev = h_prev = None
     for t, t_next in zip(ts[:-1], ts[1:]):
-        x0 = x0_from_eps(x, eps_fn(x, t.expand(len(x)).to(x)), t, sde)
+        x0 = x0_from_eps(x, eps_fn(x, t.expand(len(x))), t, sde)
         h = sde.lam(t_next) - sde.lam(t)
 
         # the clean image on a line through the last two, at the middle of the step
@@ -776,7 +772,7 @@ class IDiff(nn.Module):
         self.info = {}                                         # where a checkpoint comes from
         self.sde = VPSDE()
         self.encoder = Encoder(cfg)
-        self.prior = StandardPrior(cfg) if cfg.model == "vae" else PRIORS[cfg.prior](cfg)
+        self.prior = Prior(cfg) if cfg.model == "vae" else PRIORS[cfg.prior](cfg)
         self.decoder = Decoder(cfg)
         self.unet = ScoreUNet(cfg) if cfg.model == "idiff" else None
 
@@ -867,11 +863,11 @@ class IDiff(nn.Module):
     def encode(self, x):
         """Mean and log-variance of q(z|x), (B, D) each, of images x (B, C, H, W) in [-1, 1].
 
-        Of categorical latents: the likeliest category's index, and the index's log-variance.
+        Of categorical latents: the likeliest category's index, and log of the chance of another.
         """
         cfg = self.cfg
         wanted = (cfg.image_channels, cfg.image_size, cfg.image_size)
-        if x.dim() != 4 or x.shape[1:] != wanted:
+        if x.shape[1:] != wanted:
             raise ValueError(f"images must be (B, {', '.join(map(str, wanted))}), got "
                              f"{tuple(x.shape)}. Resize them to what the model was trained on.")
         return self.encoder(x).code()
@@ -885,7 +881,7 @@ class IDiff(nn.Module):
 
     def decode(self, z):
         """The decoder's images (B, C, H, W) of latents z (B, D)."""
-        if z.dim() != 2 or z.shape[1] != self.cfg.latent_dim:
+        if z.shape[1:] != (self.cfg.latent_dim,):
             raise ValueError(f"z must be (B, {self.cfg.latent_dim}), got {tuple(z.shape)}.")
         return self.decoder(self.embed(z))
 
@@ -929,15 +925,11 @@ def save_checkpoint(path, model, ema, **state):
     # into another file first, so that a crash or a full disk leaves the old checkpoint whole
     partial = Path(f"{path}.partial")
     try:
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(content, partial)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:                   # torch's are RuntimeErrors
         partial.unlink(missing_ok=True)
-        reason = error.__context__ or error
-        raise OSError(f"'{path}' not written, what it held is kept: {reason}")
+        raise OSError(f"'{path}' not written, what it held is kept: {error.__context__ or error}")
 
 
 def check_content(content):
@@ -948,14 +940,9 @@ def check_content(content):
 
     with torch.device("meta"):                                 # takes no memory
         model = IDiff(Config(**content["config"]))
-    check_memory(sum(tensor.nbytes for tensor in model.state_dict().values()))
-
     for weights in (content["model"], content["ema"]):
         # strict, each name and shape; dict(), for torch notes assign=True in what it is given
         model.load_state_dict(dict(weights), assign=True)
-        for name, tensor in weights.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def read_checkpoint(path, device="cpu"):
@@ -964,8 +951,6 @@ def read_checkpoint(path, device="cpu"):
         raise FileNotFoundError(f"checkpoint not found: '{path}'. Train one with \"python "
                                 "train.py\", or pass the path it printed at its end.")
     try:
-        with zipfile.ZipFile(path) as archive:
-            check_memory(sum(entry.file_size for entry in archive.infolist()))
         content = torch.load(path, map_location=device, weights_only=True)     # runs no code
         check_content(content)
     except Exception as error:                                 # many kinds, none the user's
@@ -1007,12 +992,11 @@ def read_number(path, word=None):
         return math.inf
 
 
-def check_memory(need, device=torch.device("cpu")):
+def check_memory(need, device):
     """MemoryError in one line if need bytes do not fit on the device, where the system tells."""
-    free = math.inf
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-    elif device.type == "cpu":
+    else:
         free = 1024 * read_number("/proc/meminfo", "MemAvailable:")            # it counts in kB
 
         # a container's own limit, by cgroups of version 2 or 1; files in memory make room
@@ -1022,7 +1006,7 @@ def check_memory(need, device=torch.device("cpu")):
             free = min(free, read_number(limit) - in_use)      # not where that is inf - inf
     if need > 0.9 * free:
         raise MemoryError(f"it needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
-                          f"free on {device}. Free some, or take a smaller file.")
+                          f"free on {device}. Free some, or take less.")
 
 
 # ---- Data: the modulated draw ----
@@ -1149,55 +1133,100 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
               image_size=None):
     """The Data of a name in DATA_SETS, or of a file, whose images are resized to image_size.
 
-    Files: the real 3dshapes.h5, the real dSprites .npz, or one's own .npz or .h5, see check_arrays.
-    progress wraps iterables, as tqdm. OSError, ValueError, MemoryError.
+    Files: the real 3dshapes.h5, the real dSprites .npz, or one's own .npz or .h5, see check_arrays;
+    or a folder, see read_folder. progress wraps iterables, as tqdm. OSError, ValueError,
+    MemoryError.
     """
     device = torch.device(device)
     if name in DATA_SETS:
         return DATA_SETS[name](device)
-    if not os.path.isfile(name):
+    if not os.path.exists(name):
         raise FileNotFoundError(f"data not found: '{name}'. Pass {', '.join(DATA_SETS)}, or the "
-                                "path of an .h5 or .npz file. README's \"Your data\" makes one "
-                                "of a folder of pictures.")
-    try:
-        arrays = read_arrays(name, device, progress)
-    except MemoryError as error:
-        raise MemoryError(f"'{name}' cannot be used as data: {error}") from None
-    except Exception:                                          # of zip, h5, numpy: many
-        raise ValueError(f"'{name}' cannot be used as data: it is no .npz or .h5 file of arrays of "
-                         "numbers, or is damaged. Save it by np.savez.") from None
+                                "path of an .h5 or .npz file, or of a folder of pictures.")
+    if os.path.isdir(name):
+        arrays = read_folder(name, device, progress, image_size or 64)
+    else:
+        arrays = read_file(name, device, progress)
     return check_arrays(arrays, name, device, image_size)
 
 
-def read_arrays(path, device, progress):
-    """{name in KEYS: array as stored} of an .h5 or .npz file. Many errors, if it is damaged."""
-    with open(path, "rb") as file:
-        is_h5 = file.read(8) == b"\x89HDF\r\n\x1a\n"           # the content decides, not the name
-    if is_h5:
-        import h5py
-        file = h5py.File(path)
-    else:
-        file = np.load(path, allow_pickle=False)
-
-    with file:
-        stored = {}
-        for name, keys in KEYS.items():
-            stored.update({name: key for key in keys if key in file})
-
-        # before anything large is read
-        if is_h5:
-            need = sum(file[key].nbytes for key in stored.values())
+def read_file(path, device, progress):
+    """{name in KEYS: array as stored} of an .h5 or .npz file. ValueError, MemoryError."""
+    try:
+        if zipfile.is_zipfile(path):                           # the content decides, not the name
+            file = np.load(path, allow_pickle=False)
+            sizes = [entry.file_size for entry in file.zip.infolist()]
         else:
-            need = sum(entry.file_size for entry in file.zip.infolist())
-        check_memory(need, device)
+            import h5py
+            file = h5py.File(path)
+            sizes = [getattr(entry, "nbytes", 0) for entry in file.values()]
 
-        arrays = {name: file[key] for name, key in stored.items()}
-        if is_h5:
-            for name, source in arrays.items():
-                arrays[name] = np.empty(source.shape, source.dtype)
-                for i in progress(range(0, len(source), 4096), desc=f"reading {name}"):
-                    arrays[name][i:i + 4096] = source[i:i + 4096]
+        arrays = {}
+        with file:
+            check_memory(sum(sizes), device)                   # before anything large is read
+            for name, keys in progress(KEYS.items(), desc=f"reading {path}", leave=False):
+                for key in keys:
+                    if key in file:
+                        arrays[name] = np.asarray(file[key])
         return arrays
+    except MemoryError as error:
+        raise MemoryError(f"'{path}' cannot be used as data: {error}") from None
+    except Exception:                                          # of zip, h5, numpy: many
+        raise ValueError(f"'{path}' cannot be used as data: it is no .npz or .h5 file of arrays of "
+                         "numbers, or is damaged. Save it by np.savez.") from None
+
+
+def read_folder(folder, device, progress, side):
+    """{name in KEYS: array} of a folder: one .csv, and the pictures that its column file names.
+
+    Its other columns are numbers: u and u:NAME are u, all others factors. ValueError if not so.
+    """
+    try:
+        [path] = Path(folder).glob("*.csv")
+        lines = path.read_text("utf-8-sig").splitlines()
+        cells = np.array([row for row in csv.reader(lines) if row])            # (1 + N, columns)
+        header = cells[0]
+        [files] = cells[1:, header == "file"].T
+        numbers = cells[1:, header != "file"].astype(float)
+        if not files.size:
+            raise ValueError
+    except Exception:                                          # of csv, numpy, the disk: many
+        raise ValueError(f"'{folder}' cannot be used as data: a folder must hold one .csv, its "
+                         "first row the columns' names, one of them file, then a row for each "
+                         "picture: its file, and numbers. Of words: np.unique(words, "
+                         "return_inverse=True)[1].") from None
+
+    check_memory(6 * len(files) * side**2, device)
+    images = [read_picture(Path(folder, name), side)
+              for name in progress(files, desc="reading pictures")]
+
+    names = header[header != "file"]
+    is_u = np.char.startswith(np.char.add(names, ":"), "u:")
+    return {"images": np.stack(images),
+            "factors": numbers[:, ~is_u],
+            "factor_names": names[~is_u],
+            "u": numbers[:, is_u]}
+
+
+def read_picture(path, side):
+    """The middle square of a picture, (side, side, 3) uint8; ValueError if it is none."""
+    from PIL import Image, ImageOps
+    try:
+        file = Image.open(path)
+        animated = getattr(file, "is_animated", False) and file.format != "MPO"
+        picture = ImageOps.exif_transpose(file)                # turned as its camera was held
+    except Exception:                                          # many kinds, as of formats
+        raise ValueError(f"'{path}' is no picture that can be read.") from None
+    if animated or picture.mode in ("I", "F"):
+        raise ValueError(f"'{path}' has several frames, or 32 bits a pixel; wanted is one frame of "
+                         "8 or 16 bits. Save it as a PNG.")
+
+    # 16 bits to 8; what is transparent lies on white
+    if "16" in picture.mode:
+        picture = Image.fromarray((np.array(picture) // 257).astype(np.uint8))
+    white = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return np.array(ImageOps.fit(picture.convert("RGB"), (side, side)))
 
 
 def check_arrays(arrays, path, device, image_size):
@@ -1240,12 +1269,11 @@ def check_arrays(arrays, path, device, image_size):
 
     # any numbers become the indices 0, 1, ... of a factor's values
     table = check_table(arrays, "factors", n, path)
-    values, indices = [], []
-    for column in table.T:
-        distinct, index = np.unique(column, return_inverse=True)
+    values = []
+    factors = np.zeros(table.shape, np.int64)
+    for k, column in enumerate(table.T):
+        distinct, factors[:, k] = np.unique(column, return_inverse=True)
         values.append(distinct)
-        indices.append(index)
-    factors = np.array(indices, np.int64).reshape(-1, n).T
 
     # a known data set is recognised by its sizes
     names = [f"factor {k}" for k in range(len(values))]
@@ -1263,7 +1291,7 @@ def check_arrays(arrays, path, device, image_size):
     own_u = check_table(arrays, "u", n, path)
     u = (own_u - own_u.mean(axis=0)) / own_u.std(axis=0).clip(1e-9)
     mark = fingerprint(images[::max(1, n // 256)], table, own_u)
-    return Data(f"{os.path.basename(path)} {mark[:8]}", named, (channels, side, side), look_up,
+    return Data(f"{Path(path).resolve().name} {mark[:8]}", named, (channels, side, side), look_up,
                 device, torch.from_numpy(factors), torch.from_numpy(u).float(), mark, note)
 
 
@@ -1323,8 +1351,8 @@ def save_grid(file, images, rows, columns):
     """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""
     from matplotlib.figure import Figure
     n, m = len(columns), len(rows)
-    pixels = (images.float().cpu() * 127.5 + 127.5).clamp(0, 255).round().byte()
-    pixels = F.pad(pixels, (1, 1, 1, 1), value=255)            # half a gap around each
+    pixels = images.float().cpu().clamp(-1, 1) / 2 + 0.5
+    pixels = F.pad(pixels, (1, 1, 1, 1), value=1)              # half a gap around each
     grid = pixels.unflatten(0, (m, n)).permute(0, 3, 1, 4, 2)  # (m, H, n, W, C)
     grid = grid.flatten(2, 3).flatten(0, 1).expand(-1, -1, 3).numpy()          # (m H, n W, 3)
 
@@ -1333,7 +1361,7 @@ def save_grid(file, images, rows, columns):
     height, width, _ = grid.shape
     figure = Figure((zoom * width / 100, zoom * height / 100), dpi=100)
     axis = figure.add_axes((0, 0, 1, 1), frame_on=False)
-    axis.imshow(grid, interpolation="nearest", aspect="auto", extent=(0, n, m, 0))
+    axis.imshow(grid, interpolation="nearest", extent=(0, n, m, 0))
 
     # a label at the middle of each row and column
     axis.set_xticks(np.arange(n) + 0.5, columns, fontsize=12)
@@ -1365,13 +1393,13 @@ def load_shapes3d(device):
     palette = (distance.abs() - 1).clamp(0.04, 1).to(device)
 
     def compose(rows):
-        floor, wall, thing = rows // 48000, rows // 4800 % 10, rows // 480 % 10
-        colours = palette[torch.stack([floor, wall, thing], dim=1)]            # (B, 3, 3)
+        colours = palette[data.factors(rows)[:, :3]]           # (B, 3, 3): floor, wall, object
         shading = planes[rows % 480].flatten(2).float() / 255                  # (B, 4, H W)
         x = torch.bmm(colours.transpose(1, 2), shading[:, :3])                 # (B, 3, H W)
         x = (x + shading[:, 3:]).clamp(0, 1) * 2 - 1                           # white highlights
         return x.unflatten(2, planes.shape[2:])
-    return Data("shapes3d replica", SHAPES3D, (3, 64, 64), compose, device)
+    data = Data("shapes3d replica", SHAPES3D, (3, 64, 64), compose, device)
+    return data
 
 
 def render_shapes3d(size=64, device="cpu"):
@@ -1414,7 +1442,7 @@ def render_shapes3d(size=64, device="cpu"):
         # four rays a pixel
         image = image.permute(1, 2, 0, 3).unflatten(3, (2 * size, 2 * size))   # (8, A, 4, ...)
         image = F.avg_pool2d(image.flatten(0, 1), 2)                           # (8 A, 4, ...)
-        image = image.clamp(0, 1).mul(255).round().to(torch.uint8)
+        image = image.clamp(0, 1).mul(255).round().byte()
         planes.append(image.unflatten(0, (8, 15)))
     return torch.stack(planes, dim=1).flatten(0, 2).to(device)
 
@@ -1427,8 +1455,7 @@ def camera_rays(angles, side):
     cos = angles.cos()[:, None]
 
     grid = ((torch.arange(side) + 0.5) / side * 2 - 1) * view
-    right = grid.repeat(side)
-    down = grid.repeat_interleave(side)
+    down, right = torch.cartesian_prod(grid, grid).T
     ahead = math.cos(pitch) - down * math.sin(pitch)           # along the floor
     up = -math.sin(pitch) - down * math.cos(pitch)
 

@@ -17,8 +17,8 @@ import torch
 
 from evaluate import (as_arrays, drawing, entropies, find_data, match, mutual_information, progress,
                       try_folder, warn_of_other_data)
-from idiff import (SAMPLERS, invert, load_checkpoint, load_data, pick_device, save_grid, script,
-                   seeded_noise, time_grid)
+from idiff import (SAMPLERS, invert, load_checkpoint, load_data, pick_device, read_picture,
+                   save_grid, script, seeded_noise, time_grid)
 
 
 def build_parser():
@@ -43,32 +43,6 @@ def build_parser():
 
 # ---- Images, latents and their names ----
 
-def read_picture(path, shape):
-    """The middle square of a picture at this shape (C, S, S), as (S, S, C) uint8; or ValueError."""
-    from PIL import Image, ImageOps
-    channels, side, _ = shape
-    try:
-        file = Image.open(path)
-        animated = getattr(file, "is_animated", False) and file.format != "MPO"
-        picture = ImageOps.exif_transpose(file)                # turned as its camera was held
-    except Exception:                                          # many kinds, as of formats
-        raise ValueError(f"'{path}' is neither a row number nor a readable picture.") from None
-    if animated or picture.mode in ("I", "F"):
-        raise ValueError(f"'{path}' has several frames, or 32 bits a pixel; wanted is one frame of "
-                         "8 or 16 bits. Save it as a PNG.")
-
-    # 16 bits to 8; what is transparent lies on white
-    if "16" in picture.mode:
-        picture = Image.fromarray((np.array(picture) // 257).astype(np.uint8))
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture.convert("RGBA"))
-
-    # its middle square
-    picture = picture.convert("L" if channels == 1 else "RGB")
-    picture = ImageOps.fit(picture, (side, side))
-    return np.array(picture).reshape(side, side, channels)
-
-
 def read_image(name, data):
     """Image (C, H, W) of a row number, or the centre of a picture at the data's size."""
     if name.isdecimal():
@@ -76,8 +50,12 @@ def read_image(name, data):
             raise ValueError(f"row {name} is out of range: {data.name} has {len(data)} rows.")
         row = torch.tensor([int(name)], device=data.device)
         return data.images(row)[0]
-    pixels = read_picture(name, data.image_shape)
-    return torch.from_numpy(pixels).permute(2, 0, 1).to(data.device) / 127.5 - 1
+    if not Path(name).exists():
+        raise ValueError(f"'{name}' is neither a row number nor the path of a picture.")
+    channels, side, _ = data.image_shape
+    pixels = torch.from_numpy(read_picture(name, side)).to(data.device)        # (S, S, 3)
+    image = pixels.permute(2, 0, 1) / 127.5 - 1
+    return image if channels == 3 else image.mean(dim=0, keepdim=True)
 
 
 def read_images(names, model, data, steps):

@@ -62,8 +62,8 @@ def build_parser():
             prog, max_help_position=28, width=110))
 
     add = parser.add_argument_group("the run").add_argument
-    add("--data", help=f"{', '.join(DATA_SETS)}, .h5 or .npz file (default: shapes3d, or a frozen "
-        "iVAE's)")
+    add("--data", help=f"{', '.join(DATA_SETS)}, .h5 or .npz file, folder (default: shapes3d, or a "
+        "frozen iVAE's)")
     add("--size", choices=SIZES, help="widths, batch, length (default: small)")
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
@@ -209,14 +209,14 @@ def provenance(args, data, data_arg):
     commit = subprocess.run("git rev-parse --short HEAD", shell=True, errors="replace",
                             capture_output=True, cwd=Path(__file__).parent)
     return {"data": data.name,
-            "data_arg": os.path.abspath(data_arg) if os.path.isfile(data_arg) else data_arg,
+            "data_arg": data_arg if data_arg in DATA_SETS else os.path.abspath(data_arg),
             "fingerprint": data.fingerprint,
             "image_size": data.image_shape[1],
             "size": args.size or "small",
             "method": "paper" if args.paper else "recipe",
             "frozen": args.freeze_ivae,
             "commit": commit.stdout.strip() or "unknown",
-            "torch": str(torch.__version__)}
+            "torch": f"{torch.__version__}"}
 
 
 def log(out, record):
@@ -577,7 +577,8 @@ def prepare(args):
     device = pick_device(args.device, LOCAL_RANK)
 
     # what goes before: the run's own checkpoint, or another's iVAE that stays as it is
-    content, ivae, before = None, None, {"data_arg": "shapes3d"}
+    content = ivae = None
+    before = {"data_arg": "shapes3d"}
     origin = args.resume or args.freeze_ivae
     if args.resume:
         content = read_checkpoint(args.resume, device)
@@ -626,7 +627,7 @@ def run(args):
     if RANK == 0:                                          # no other writes
         if content:
             with open(f"{out}/log.jsonl", "a") as file:    # the steps since then are run again
-                file.truncate(min(file.tell(), log_size))
+                file.truncate(max(0, min(file.tell(), log_size)))
         else:
             out = make_folder(args.out, cfg)
             log(out, {"config": asdict(cfg)})

@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -27,6 +28,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
@@ -194,6 +196,13 @@ def zip_claiming(path, rng, size=2**42):
             new.writestr(name, content)
         rng.choice(new.filelist).file_size = size
 
+def png_claiming(path, side):
+    """The PNG rewritten, its header claiming more pixels than memory holds."""
+    content = bytearray(path.read_bytes())
+    content[16:24] = side.to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+
 def odd_array(rng):
     """An array of odd shape, dtype or values."""
     shape = rng.choice([(), (0,), (24,), (24, 0), (24, 3), (24, 1), (23, 3), (2, 2), (24, 16, 16),
@@ -307,6 +316,47 @@ class Bench:
         u = self.rng.choice(["own", "mean+var"])
         return path, lambda: load_data(str(path)).draw(8, torch.Generator(), u)
 
+    def picture_folder(self, way):
+        """A folder of pictures, of which one, or the table, is damaged."""
+        folder = self.folder / "pics"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        kind = self.rng.choice(["png", "tiff", "gif", "jpeg"])
+        for i in range(4):
+            Image.fromarray(IMAGES[i]).save(folder / f"{i}.{kind}")
+        rows = [["file", "a", "größe", "u", "u:b"]]
+        rows += [[f"{i}.{kind}", str(i % 2), str(i), f"{i}.5", str(-i)] for i in range(4)]
+        path = folder / f"{self.rng.randrange(4)}.{kind}"
+        if way == "bytes" and self.rng.random() < 0.5:
+            path.write_bytes(with_odd_bytes(path.read_bytes(), self.rng))
+        elif way == "size":
+            rows[1][0] = "0.png"
+            Image.fromarray(IMAGES[0]).save(folder / "0.png")
+            png_claiming(folder / "0.png", self.rng.choice([60_000, 2**31 - 1]))
+        elif way == "code":
+            pickle_to(Code(self.trace), path)
+        elif way == "structure":
+            values = ["", " ", "nan", "inf", "1e999", "x" * 200_000, '"', "\0", "../..",
+                      "file", "u", "a,b", "\n", "-1", "١", str(2**70), f"9.{kind}", ".", "~"]
+            for _ in range(self.rng.choice([1, 1, 2, 5])):
+                row = self.rng.choice(rows)
+                at, move = self.rng.randrange(max(1, len(row))), self.rng.randrange(8)
+                if move == 0:
+                    del row[at:at + 1]
+                elif move == 1:
+                    row.insert(at, self.rng.choice(values))
+                elif move == 2:
+                    rows.remove(row)
+                    rows = rows or [[]]
+                elif row:
+                    row[at] = self.rng.choice(values)
+        table = "\n".join(",".join(row) for row in rows).encode("utf-8")
+        if way == "bytes" and self.rng.random() < 0.6:
+            table = with_odd_bytes(table, self.rng)
+        (folder / "table.csv").write_bytes(table)
+        u = self.rng.choice(["own", "mean+var"])
+        return folder, lambda: load_data(str(folder)).draw(8, torch.Generator(), u)
+
     def codes_file(self, way):
         """Codes and factors of somebody else's model."""
         path = self.folder / "codes.npz"
@@ -384,6 +434,7 @@ def damage_files(folder, n, seed=0, report=lambda *args: None):
     """{kind: Counter of outcomes} of n damaged files, and the growth of peak memory in MiB."""
     bench, found = Bench(folder, seed), {}
     kinds = {"checkpoint": bench.checkpoint, "data": bench.data_file, "codes": bench.codes_file,
+             "folder": bench.picture_folder,
              "metrics.json, log.jsonl": bench.text_file}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     handler = signal.signal(signal.SIGALRM, stop)

@@ -97,7 +97,8 @@ def measure(grid):
     for label, (name, options, per_step) in RUNS.items():
         errors[label] = []
         for count in EVALUATIONS:
-            ts = time_grid(count // per_step, SDE, grid)
+            steps = count // per_step
+            ts = torch.linspace(1, 1e-3, steps + 1) if grid == "uniform" else time_grid(steps, SDE)
             eps_fn = spread_eps_fn if name in ("em", "pc") or options else mixture_eps
             x = SAMPLERS[name](eps_fn, start, ts, SDE, noise, **options)
             errors[label].append((count, w1(x, target, std)))

@@ -1184,6 +1184,93 @@ def test_a_factor_may_be_a_number_without_end(tmp_path):
     assert np.array_equal(data.values[4][index], factors[:, 4])
 
 
+# ---- folders of pictures ----
+
+
+def write_folder(folder, lines, sides=((40, 30),) * 6, mode="RGB"):
+    """A folder of pictures 0.png, 1.png … of colour 40 i, 20 i, 0, and a table of these lines."""
+    from PIL import Image
+    folder.mkdir()
+    for i, size in enumerate(sides):
+        Image.new("RGB", size, (40 * i, 20 * i, 0)).convert(mode).save(folder / f"{i}.png")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n", "utf-8-sig")
+    return str(folder)
+
+
+TABLE = ["shape,file,u:time,größe,u", "1,0.png,0.5,10,0", "0,1.png,1,9,0",
+         '"2",2.png,1.5,10,1e1', "1,3.png,2,9,-1", "0,5.png,2.5,100,0"]
+
+
+def test_folder_of_pictures_and_a_table(tmp_path):
+    """Any order of columns and rows, numbers in order, u and u:NAME apart, a bar for the reading."""
+    seen = []
+    path = write_folder(tmp_path / "pics", TABLE)
+    data = idiff.load_data(path, progress=lambda rows, **kwargs: seen.append(kwargs) or rows)
+    assert len(data) == 5 and data.name.startswith("pics ") and len(seen) == 1
+    assert data.factor_names == ("shape", "größe") and data.values[1].tolist() == [9, 10, 100]
+    assert data.factors(torch.arange(5)).T.tolist() == [[1, 0, 2, 1, 0], [1, 0, 1, 0, 2]]
+    u = np.array([[0.5, 0], [1, 0], [1.5, 10], [2, -1], [2.5, 0]])
+    expected = (u - u.mean(axis=0)) / u.std(axis=0)
+    assert np.allclose(data.u, expected, atol=1e-6)
+
+    colours = torch.tensor([0, 1, 2, 3, 5])[:, None] * torch.tensor([40, 20, 0]) / 127.5 - 1
+    x = data.images(torch.arange(5))
+    assert x.shape == (5, 3, 64, 64) and data.image_shape == (3, 64, 64)
+    assert torch.allclose(x, colours[:, :, None, None].expand_as(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode, size", [("RGB", 32), ("L", None), ("1", None), ("P", None),
+                                        ("RGBA", 16)])
+def test_pictures_of_a_folder_get_one_size_and_three_channels(tmp_path, mode, size):
+    sides = (40, 30), (30, 300), (999, 20), (16, 16), (17, 99), (40, 31)
+    path = write_folder(tmp_path / "pics", TABLE, sides, mode)
+    data = idiff.load_data(path, image_size=size)
+    assert data.image_shape == (3, size or 64, size or 64)
+
+
+def test_a_table_may_have_u_alone_or_nothing(tmp_path):
+    data = idiff.load_data(write_folder(tmp_path / "a", ["file,u", "0.png,1", "1.png,2"]))
+    assert data.u.tolist() == [[-1], [1]] and data.factor_names == ()
+    data = idiff.load_data(write_folder(tmp_path / "b", ["file", "0.png", "1.png"]))
+    assert data.u.shape == (2, 0) and len(data) == 2
+    data = idiff.load_data(write_folder(tmp_path / "c", ["file,units", "0.png,1", "1.png,2"]))
+    assert data.factor_names == ("units",)
+
+
+def test_fingerprint_of_a_folder_tells_pictures_and_table(tmp_path):
+    tables = (TABLE, TABLE, [line.replace("0.5", "0.6") for line in TABLE],
+              [line.replace("0.png", "4.png") for line in TABLE])
+    seen = set()
+    for i, lines in enumerate(tables):
+        seen.add(idiff.load_data(write_folder(tmp_path / str(i), lines)).fingerprint)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("lines, words", [
+    ([], ".csv"), (["file,a"], "row for each picture"), (["name,a", "0.png,1"], "file"),
+    (["file,a", "0.png,1", "1.png"], "one of them file"),
+    (["file,a", "0.png,1", "1.png,"], "np.unique"), ([""], "one of them file"),
+    (["file;a", "0.png;1"], "file"), (["file,a", "0.png,1", "7.png,2"], "7.png"),
+    (["file,a", "0.png,cube"], "np.unique"), (["file,file", "0.png,1.png"], "one of them file"),
+    (["file,a", "0.png,1", "table.csv,2"], "table.csv"), (["file,a", "0.png,nan"], "finite"),
+    (["file,a,a", "0.png,1,2"], "different"), (["file,a", "0.png,1", "../pics,2"], "pics")])
+def test_a_folder_that_is_no_data_gives_one_line(tmp_path, lines, words):
+    path = write_folder(tmp_path / "pics", lines)
+    with pytest.raises(ValueError) as error:
+        idiff.load_data(path)
+    assert words in one_line(error) and path in one_line(error)
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_a_folder_has_one_table(tmp_path, n):
+    path = write_folder(tmp_path / "pics", TABLE)
+    (tmp_path / "pics" / "table.csv").unlink()
+    for i in range(n):
+        (tmp_path / "pics" / f"{i}.csv").write_text("\n".join(TABLE))
+    with pytest.raises(ValueError, match="one .csv"):
+        idiff.load_data(path)
+
+
 # ---- fingerprints ----
 
 

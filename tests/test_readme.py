@@ -9,7 +9,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from PIL import Image
 
 import evaluate
 import idiff
@@ -76,50 +75,6 @@ def test_example_of_ones_own_u_trains_and_is_measured(tmp_path, monkeypatch):
     evaluate.main(["run/ckpt.pt", "--no-dci", "--n", "500", "--device", "cpu"])
     report = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert report["data"].startswith("my.npz") and 0 <= report["metrics"]["mig"] <= 1
-
-
-def test_a_folder_of_pictures_becomes_a_file(tmp_path, monkeypatch):
-    """README's block on 24 pictures of many kinds; then a training and its report."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pics").mkdir()
-    modes = ("RGB", "L", "LA", "RGBA")
-    lines = ["file,shape,size,time"]
-    for i in range(24):
-        picture = Image.new("RGB", (90 + i, 70), (10 * i, 10 * i, 10 * i)).convert(modes[i % 4])
-        picture.save(tmp_path / "pics" / f"bild ä{i}.png")
-        lines.append(f"bild ä{i}.png,{('cube', 'ball', 'egg')[i % 3]},{i // 8 * 5},{i / 2}")
-    (tmp_path / "pics" / "table.csv").write_text("\n".join(lines) + "\n", "utf-8-sig")
-    exec(block_after("A folder of pictures and a table"), {})
-
-    data = idiff.load_data("my.npz")
-    assert data.factor_names == ("shape", "size") and data.image_shape == (3, 64, 64)
-    assert data.values[1].tolist() == [0, 5, 10]               # as numbers, not as words
-    i = torch.arange(24)
-    ranks = torch.tensor([1, 0, 2])                            # of cube, ball, egg
-    assert torch.equal(data.factors(i), torch.stack([ranks[i % 3], i // 8], dim=1))
-    grey = (10 * i / 127.5 - 1).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
-    assert torch.allclose(data.images(i), grey, atol=1e-5)
-    assert torch.allclose(data.u[:, 0], (i - 11.5) / i.float().std(correction=0), atol=1e-5)
-
-    train.main([*TINY, "--data", "my.npz", "--steps", "2", "--out", "run"])
-    assert idiff.load_checkpoint("run/ckpt.pt").cfg.u == "own"
-    evaluate.main(["run/ckpt.pt", "--no-dci", "--n", "24", "--device", "cpu"])
-    with pytest.raises(SystemExit, match="'pics'.*README"):
-        train.main([*TINY, "--data", "pics", "--steps", "2"])
-
-
-@pytest.mark.parametrize("name, write", [
-    ("b.png", lambda path: None), ("b.png", lambda path: path.write_text("no picture")),
-    ("b.tiff", lambda path: Image.new("F", (64, 64)).save(path))])
-def test_a_folders_picture_that_cannot_be_read_is_named(tmp_path, monkeypatch, name, write):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pics").mkdir()
-    Image.new("L", (64, 64)).save(tmp_path / "pics" / "a.png")
-    write(tmp_path / "pics" / name)
-    table = f"file,shape,size,time\na.png,a,1,2\n{name},b,1,3\n"
-    (tmp_path / "pics" / "table.csv").write_text(table)
-    with pytest.raises(ValueError, match=f"pics/{name}"):
-        exec(block_after("A folder of pictures and a table"), {})
 
 
 # ---- the five hacks ----
