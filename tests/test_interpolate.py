@@ -322,7 +322,7 @@ def test_a_colour_picture_is_grey_to_a_model_of_grey_images(tmp_path):
     np.savez(tmp_path / "grey.npz", images=np.eye(16, dtype=np.uint8)[None].repeat(4, axis=0))
     Image.new("RGB", (40, 20), (255, 128, 0)).save(tmp_path / "a.png")
     x = interpolate.read_image(str(tmp_path / "a.png"), load_data(str(tmp_path / "grey.npz")))
-    assert x.shape == (1, 16, 16) and torch.allclose(x, torch.tensor(1 / 255, dtype=x.dtype))
+    assert x.shape == (1, 16, 16) and torch.allclose(x, torch.tensor(1 / 765, dtype=x.dtype))
 
 
 def test_pictures_without_one_meaning_are_refused(tiny_npz, tmp_path):
