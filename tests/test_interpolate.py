@@ -318,6 +318,18 @@ def test_pictures_of_16_bits_and_transparent_ones_are_seen_as_they_look(tiny_npz
         assert interpolate.read_image(str(path), data).shape == (3, 16, 16)
 
 
+def test_a_picture_is_turned_as_its_camera_was_held(tiny_npz, tmp_path):
+    """Its left half is white; its camera was turned, so that this half is the upper one."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, :8] = 255
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    exif[0x0112] = 6                                        # orientation: turn it clockwise
+    picture.save(tmp_path / "a.png", exif=exif)
+    x = interpolate.read_image(str(tmp_path / "a.png"), load_data(tiny_npz))
+    assert (x[:, :8] == 1).all() and (x[:, 8:] == -1).all()
+
+
 def test_a_colour_picture_is_grey_to_a_model_of_grey_images(tmp_path):
     np.savez(tmp_path / "grey.npz", images=np.eye(16, dtype=np.uint8)[None].repeat(4, axis=0))
     Image.new("RGB", (40, 20), (255, 128, 0)).save(tmp_path / "a.png")
