@@ -352,6 +352,16 @@ def test_the_learning_rate_rises_and_falls():
     assert train.warmth(small_cfg(schedule="constant"), 399) == 1
 
 
+def test_muon_moves_the_matrices_of_decoder_and_unet_alone():
+    model, _, (adamw, muon) = train.build(train.Config(), torch.device("cpu"))
+    moved = {id(p) for group in muon.param_groups for p in group["params"]}
+    others = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert not moved & others
+    for name, p in model.named_parameters():
+        is_drawn = name.startswith(("decoder", "unet"))
+        assert id(p) in (moved if is_drawn and p.dim() > 1 else others)
+
+
 def test_muon_steps_by_its_rate_along_the_mean_gradient():
     """A tall matrix by the root of its shape's ratio more; one gradient does not turn the mean."""
     for shape, size in (((40, 5), 8**0.5), ((5, 40), 1)):
