@@ -405,9 +405,9 @@ def resident(pid):
 def memory_over_steps(folder, steps=10_000, every=1000):
     """{step: MiB resident} of one training, read as its log grows."""
     np.savez(folder / "data.npz", images=IMAGES, factors=FACTORS)
-    process = start(child, [*SMALL[:-4], "--data", str(folder / "data.npz"), "--steps", str(steps + 1),
-                     "--out", str(folder / "long"), "--log-every", str(every),
-                     "--save-every", str(every)])
+    process = start(child, [
+        *SMALL[:-4], "--data", str(folder / "data.npz"), "--steps", str(steps + 1),
+        "--out", str(folder / "long"), "--log-every", str(every), "--save-every", str(every)])
     found = {}
     while process.is_alive() and steps not in found:
         time.sleep(0.02)

@@ -106,7 +106,7 @@ def test_two_ranks_learn_as_one_process(tmp_path, tiny_npz):
     train.main(["--resume", str(begun / "ckpt.pt"), "--device", "cpu", "--log-every", "1"])
     statuses, shown = ranks(tmp_path, "--resume", two / "ckpt.pt", "--device", "cpu",
                             "--log-every", "1")
-    assert statuses == [0, 0], shown
+    assert statuses == [0, 0] and "ranks 2" in shown[0], shown
     logs = [[r for r in steps_of(out) if r["step"] > 1] for out in (begun, two)]
     assert len(logs[0]) == 3
     for one, other in zip(*logs):
@@ -128,14 +128,14 @@ def test_two_steps_and_two_resumed_equal_four_on_two_ranks(four, tmp_path, tiny_
     """Bit for bit. The learning rate is constant, so that the two steps know of no others."""
     out = tmp_path / "run"
     statuses, shown = ranks(tmp_path, *TINY, "--data", tiny_npz, *LONG, "2", "--out", out)
-    assert statuses == [0, 0], shown
+    assert statuses == [0, 0] and "ranks 2" in shown[0], shown
     whole, content = (read_checkpoint(str(run / "ckpt.pt")) for run in (four[0], out))
     assert content["step"] == 2
     content["config"] = whole["config"]                                # goes on to step 4
     torch.save(content, out / "ckpt.pt")
     statuses, shown = ranks(tmp_path, "--resume", out / "ckpt.pt", "--device", "cpu",
                             "--log-every", "1")
-    assert statuses == [0, 0], shown
+    assert statuses == [0, 0] and "ranks 2" in shown[0], shown
     resumed = read_checkpoint(str(out / "ckpt.pt"))
     assert resumed["step"] == 4
     for part in ("model", "ema", "optimizers", "config"):
