@@ -7,7 +7,6 @@
 import io
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
 import interpolate  # noqa: E402
 import train  # noqa: E402
-from conftest import same  # noqa: E402
+from conftest import same, start  # noqa: E402
 from idiff import load_checkpoint, load_data, read_checkpoint  # noqa: E402
 
 SMALL = ("--width 1 --unet-width 8 --batch-size 2 --ddpm-images 1 --device cpu --latent-dim 2 "
@@ -65,18 +64,10 @@ def child(argv):
     sys.stdout = sys.stderr = open(os.devnull, "w")
     train.main(argv)
 
-def start(argv):
-    """The process of a training; the server it comes from has imported torch already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench_robust"])
-    process = context.Process(target=child, args=(argv,))
-    process.start()
-    return process
-
 def go_on(out, argv):
     """The process of argv's training in out, from its checkpoint if there is one."""
     path = out / "ckpt.pt"
-    return start(["--resume", str(path), "--device", "cpu", *SMALL[-4:]] if path.exists()
+    return start(child, ["--resume", str(path), "--device", "cpu", *SMALL[-4:]] if path.exists()
                  else [*argv, "--out", str(out)])
 
 def wait(process, log, rng):
@@ -113,7 +104,7 @@ def kill_runs(folder, n_kills, per_run=10, steps=40, seed=0):
     data, rng, found = folder / "data.npz", random.Random(seed), Counter()
     np.savez(data, images=IMAGES, factors=FACTORS)
     argv = [*SMALL, "--data", str(data), "--steps", str(steps)]
-    start([*argv, "--out", str(folder / "whole")]).join()
+    start(child, [*argv, "--out", str(folder / "whole")]).join()
     while found["kills"] < n_kills:
         out = folder / f"run{found['runs']}"
         found += killed(out, argv, rng, min(per_run, n_kills - found["kills"]))
@@ -465,9 +456,9 @@ def resident(pid):
 def memory_over_steps(folder, steps=10_000, every=1000):
     """{step: MiB resident} of one training, read as its log grows."""
     np.savez(folder / "data.npz", images=IMAGES, factors=FACTORS)
-    process = start([*SMALL[:-4], "--data", str(folder / "data.npz"), "--steps", str(steps + 1),
-                     "--out", str(folder / "long"), "--log-every", str(every),
-                     "--save-every", str(every)])
+    process = start(child, [
+        *SMALL[:-4], "--data", str(folder / "data.npz"), "--steps", str(steps + 1),
+        "--out", str(folder / "long"), "--log-every", str(every), "--save-every", str(every)])
     found = {}
     while process.is_alive() and steps not in found:
         time.sleep(0.02)

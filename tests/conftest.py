@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Shared by all tests: one CPU thread, the root on the path, a tiny data file and a tiny run."""
+import multiprocessing
+import os
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +27,32 @@ def short_validation():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "validate", partial(train.validate, n=512))
         yield
+
+
+@contextmanager
+def without_pictures():
+    """None is written, for that takes most of the time of a small run's end or report."""
+    import interpolate
+    import train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **named: None)
+        patch.setattr(train, "draw_samples", lambda *args: None)
+        patch.setattr(interpolate, "write_gif", lambda *args: None)
+        yield
+
+
+@pytest.fixture
+def pictures():
+    """Asked for by a test that looks at pictures: its own are drawn."""
+
+
+@pytest.fixture(autouse=True)
+def pictures_where_asked_for(request):
+    if "pictures" in request.fixturenames:
+        yield
+    else:
+        with without_pictures():
+            yield
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +81,18 @@ def tiny_run(tmp_path_factory, tiny_npz):
     out = tmp_path_factory.mktemp("runs") / "tiny"
     train.main([*TINY, "--data", tiny_npz, "--steps", "4", "--out", str(out)])
     return out
+
+
+def start(function, *args):
+    """A process that calls a function of a module; its server has done the slow imports already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench_robust", "torch._dynamo", "matplotlib.figure", "optuna",
+                                    "sklearn.metrics"])
+    process = context.Process(target=function, args=args, daemon=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))      # the server would not know it
+        process.start()
+    return process
 
 
 def same(a, b):

@@ -3,16 +3,20 @@
 
     python -m pytest tests/test_ddp.py
 """
+import importlib
+import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 import train
-from conftest import ROOT, TINY, same
+from conftest import ROOT, TINY, same, start, without_pictures
 from idiff import read_checkpoint
 from test_train import log_of, steps_of
 
@@ -20,23 +24,54 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 LONG = "--schedule constant --steps".split()
 
 
-def start(*argv):
+def torchrun(*argv):
     return subprocess.Popen([*TORCHRUN, "train.py", *map(str, argv)], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def ranks(*argv):
+def shown_by_torchrun(*argv):
     """Exit status, standard output and error of a run of two ranks."""
-    with start(*argv) as run:
+    with torchrun(*argv) as run:
         shown = run.communicate(timeout=300)
     return run.returncode, *shown
+
+
+def rank(number, port, file, argv):
+    """train.py as torchrun would start it for a rank; what it says goes into a file."""
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2",
+                      MASTER_ADDR="localhost", MASTER_PORT=str(port),
+                      TORCHELASTIC_USE_AGENT_STORE="True")     # the tests' process keeps the store
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(file, "w")
+    importlib.reload(train)                                    # which reads the above
+    train.validate = partial(train.validate, n=512)
+    with without_pictures():
+        train.main(argv)
+
+
+def start_ranks(folder, argv):
+    """Processes of two ranks, their store, and files of what they say; quicker than torchrun."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    files = [folder / f"rank {number}.txt" for number in range(2)]
+    argv = [*map(str, argv)]
+    processes = [start(rank, number, store.port, str(file), argv)
+                 for number, file in enumerate(files)]
+    return processes, store, files
+
+
+def ranks(folder, *argv):
+    """Exit statuses and words of two ranks that were run to the end."""
+    processes, _store, files = start_ranks(folder, argv)
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes], [file.read_text() for file in files]
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory, tiny_npz):
     """Folder and standard output of a run of four steps on two ranks."""
     out = tmp_path_factory.mktemp("ddp") / "four"
-    status, shown, error = ranks(*TINY, "--data", tiny_npz, *LONG, "4", "--out", out)
+    status, shown, error = shown_by_torchrun(*TINY, "--data", tiny_npz, *LONG, "4", "--out", out)
     assert status == 0, error
     return out, shown
 
@@ -69,8 +104,9 @@ def test_two_ranks_learn_as_one_process(tmp_path, tiny_npz):
     for out in (begun, two):
         torch.save(content, out / "ckpt.pt")
     train.main(["--resume", str(begun / "ckpt.pt"), "--device", "cpu", "--log-every", "1"])
-    status, _, error = ranks("--resume", two / "ckpt.pt", "--device", "cpu", "--log-every", "1")
-    assert status == 0, error
+    statuses, shown = ranks(tmp_path, "--resume", two / "ckpt.pt", "--device", "cpu",
+                            "--log-every", "1")
+    assert statuses == [0, 0] and "ranks 2" in shown[0], shown
     logs = [[r for r in steps_of(out) if r["step"] > 1] for out in (begun, two)]
     assert len(logs[0]) == 3
     for one, other in zip(*logs):
@@ -91,42 +127,63 @@ def test_two_ranks_learn_as_one_process(tmp_path, tiny_npz):
 def test_two_steps_and_two_resumed_equal_four_on_two_ranks(four, tmp_path, tiny_npz):
     """Bit for bit. The learning rate is constant, so that the two steps know of no others."""
     out = tmp_path / "run"
-    status, _, error = ranks(*TINY, "--data", tiny_npz, *LONG, "2", "--out", out)
-    assert status == 0, error
+    statuses, shown = ranks(tmp_path, *TINY, "--data", tiny_npz, *LONG, "2", "--out", out)
+    assert statuses == [0, 0] and "ranks 2" in shown[0], shown
     whole, content = (read_checkpoint(str(run / "ckpt.pt")) for run in (four[0], out))
     assert content["step"] == 2
     content["config"] = whole["config"]                                # goes on to step 4
     torch.save(content, out / "ckpt.pt")
-    status, _, error = ranks("--resume", out / "ckpt.pt", "--device", "cpu", "--log-every", "1")
-    assert status == 0, error
+    statuses, shown = ranks(tmp_path, "--resume", out / "ckpt.pt", "--device", "cpu",
+                            "--log-every", "1")
+    assert statuses == [0, 0] and "ranks 2" in shown[0], shown
     resumed = read_checkpoint(str(out / "ckpt.pt"))
     assert resumed["step"] == 4
     for part in ("model", "ema", "optimizers", "config"):
         assert same(whole[part], resumed[part]), part
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_stop_ends_both_ranks_and_saves_once(tmp_path, tiny_npz, number):
+def wait_for_steps(log, over):
+    """Until a log tells of some steps, or the run is over."""
+    while not over() and not (log.is_file() and log.read_text().count("step") > 5):
+        time.sleep(0.05)
+
+
+def test_sigterm_ends_both_ranks_and_saves_once(tmp_path, tiny_npz):
+    """torchrun passes it on."""
     out = tmp_path / "run"
-    with start(*TINY, "--data", tiny_npz, "--steps", "1000000", "--out", out) as run:
-        for _ in range(1200):
-            time.sleep(0.1)
-            log = out / "log.jsonl"
-            if run.poll() is not None or log.is_file() and log.read_text().count("step") > 5:
-                break
-        run.send_signal(number)                                        # which torchrun passes on
+    with torchrun(*TINY, "--data", tiny_npz, "--steps", "1000000", "--out", out) as run:
+        wait_for_steps(out / "log.jsonl", lambda: run.poll() is not None)
+        run.send_signal(signal.SIGTERM)
         _, shown = run.communicate(timeout=300)
     assert shown.count(f"--resume {out}/ckpt.pt") == 1
     assert read_checkpoint(str(out / "ckpt.pt"))["step"] == log_of(out)[-1]["step"] > 3
 
 
-@pytest.mark.parametrize("flags, named", [("--batch-size 5", "--batch-size"),
-                                          ("--lr fast", "--lr")])
-def test_bad_input_is_told_once(tmp_path, tiny_npz, flags, named):
-    status, shown, error = ranks(*TINY, "--data", tiny_npz, "--out", tmp_path / "run",
-                                 *flags.split())
-    told = [line for line in error.splitlines() if line.startswith("train.py: ")
-            or "error: " in line and "train.py" in line]
-    assert status != 0 and not shown and len(told) == 1 and named in told[0], error
+@pytest.mark.parametrize("one", [0, 1])
+def test_ctrl_c_of_one_rank_ends_both_after_the_same_step(tmp_path, tiny_npz, one):
+    out = tmp_path / "run"
+    processes, _store, files = start_ranks(
+        tmp_path, [*TINY, "--data", tiny_npz, "--steps", "1000000", "--out", out])
+    wait_for_steps(out / "log.jsonl", lambda: not all(p.is_alive() for p in processes))
+    os.kill(processes[one].pid, signal.SIGINT)
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [1, 0]
+    assert sum(file.read_text().count(f"--resume {out}/ckpt.pt") for file in files) == 1
+    assert read_checkpoint(str(out / "ckpt.pt"))["step"] == log_of(out)[-1]["step"] > 3
+
+
+def test_what_torchrun_ends_is_told_once(tmp_path, tiny_npz):
+    status, shown, error = shown_by_torchrun(*TINY, "--data", tiny_npz, "--out", tmp_path / "run",
+                                             "--batch-size", "5")
+    told = [line for line in error.splitlines() if line.startswith("train.py: ")]
+    assert status != 0 and not shown and len(told) == 1 and "--batch-size" in told[0], error
     assert error.count("Traceback") == 1                               # torchrun's own
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_flag_is_told_by_one_rank(tmp_path, tiny_npz):
+    statuses, shown = ranks(tmp_path, *TINY, "--data", tiny_npz, "--out", tmp_path / "run",
+                            "--lr", "fast")
+    assert statuses == [2, 0] and "--lr" in shown[0] and not shown[1]
+    assert "Traceback" not in shown[0] and not (tmp_path / "run").exists()

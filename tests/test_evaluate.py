@@ -8,7 +8,7 @@ import copy
 import io
 import json
 import re
-import subprocess
+import runpy
 import sys
 import warnings
 from argparse import Namespace
@@ -61,6 +61,7 @@ def small_classifier(monkeypatch):
     """Fewer steps than 64 x 64 images of six factors need."""
     train = evaluate.train_reader
     monkeypatch.setattr(evaluate, "train_reader", lambda data, seed: train(data, seed, 200))
+    return train
 
 
 def test_metrics_are_those_of_the_means(tmp_path):
@@ -101,6 +102,7 @@ def measured(monkeypatch, tmp_path):
     return measured
 
 
+@pytest.mark.usefixtures("pictures")
 def test_report_on_known_codes(measured, tmp_path, capsys):
     rng = np.random.default_rng(0)
     factors = np.stack([rng.integers(0, size, 300) for size in (3, 4)], axis=1)
@@ -118,12 +120,13 @@ def test_report_on_known_codes(measured, tmp_path, capsys):
         assert (tmp_path / f"{picture}.png").stat().st_size > 5000
 
 
-def test_script_runs_as_a_process(runs):
-    done = subprocess.run([sys.executable, SCRIPT, runs[1], "--n", "60", "--no-dci"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "iVAE, 5 latents" in done.stdout, done.stderr
+def test_the_file_is_a_script(runs, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(runs[1]), "--n", "60", "--no-dci"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "iVAE, 5 latents" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("pictures")
 def test_report_on_a_checkpoint(runs, capsys):
     evaluate.main([str(runs[2]), "--n", "100", "--no-dci"])
     assert "iVAE + DDPM, 5 latents" in capsys.readouterr().out
@@ -148,6 +151,7 @@ def test_a_terminal_that_knows_no_such_letters_still_gets_the_report(tmp_path, m
     assert b"discrete MIG" in shown.getvalue() and b"? l?uft" in shown.getvalue()
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_picture_that_cannot_be_drawn_is_named_and_the_report_stays(tmp_path, monkeypatch,
                                                                       capsys):
     def fails(*_):
@@ -196,6 +200,7 @@ def test_tables_of_many_checkpoints(runs, tmp_path, capsys):
     assert "Table 3" not in (runs[0].parents[1] / "tables.md").read_text()
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_report_is_computed_of_a_checkpoint_and_read_as_it_is_of_its_json(tmp_path, capsys):
     """Another data file changes the report of the checkpoint; the JSON stays what it was."""
     data = small_grid(tmp_path / "grid.npz")
@@ -225,6 +230,7 @@ def test_a_flag_that_would_compute_is_refused_with_a_report(tmp_path, flags):
         evaluate.main([str(path.with_name("metrics.json")), *flags.split()])
 
 
+@pytest.mark.usefixtures("pictures")
 def test_out_takes_the_report_of_one_path_and_the_tables_of_many(runs, tmp_path):
     before = {path: sorted(path.parent.iterdir()) for path in runs}
     evaluate.main([str(runs[0]), "--n", "60", "--no-dci", "--out", str(tmp_path / "one")])
@@ -354,8 +360,10 @@ def test_generation_when_z_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["ivae", "idiff"])
-def test_generate_flag(tmp_path, capsys, model):
+def test_generate_flag(tmp_path, capsys, monkeypatch, small_classifier, model):
     """A partial grid with a constant factor; all that was named is reported and repeats."""
+    monkeypatch.setattr(evaluate, "train_reader",              # what it reads is of no interest here
+                        lambda data, seed: small_classifier(data, seed, 10))
     with np.load(small_grid(tmp_path / "grid.npz")) as file:
         images, factors = file["images"][::2], np.insert(file["factors"], 1, 7, axis=1)[::2]
     np.savez(tmp_path / "mine.npz", images=images, factors=factors)

@@ -5,7 +5,7 @@
     python -m pytest tests/test_interpolate.py -k swap
 """
 import math
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +57,7 @@ def refusal(argv):
 # ---- the grids ----
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_plain_command_writes_grids_and_a_gif_that_loops(tiny_run, tmp_path):
     interpolate.main([str(tiny_run / "ckpt.pt"), *FAST, "--columns", "4", "--out", str(tmp_path)])
     stems = "traversal_decoder", "traversal_diffusion", "true_factors"
@@ -73,6 +74,7 @@ def test_the_plain_command_writes_grids_and_a_gif_that_loops(tiny_run, tmp_path)
     assert shown == 6 * 120 and gif.info["loop"] == 0                  # 4 columns there, 2 back
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_picture_that_cannot_be_drawn_is_named_and_the_others_are(tiny_run, tmp_path, capsys,
                                                                     monkeypatch):
     save_grid = interpolate.save_grid
@@ -100,6 +102,7 @@ def test_ctrl_c_is_one_line(tiny_run, monkeypatch, tmp_path):
     assert refusal([tiny_run / "ckpt.pt", "--out", tmp_path]) == "interpolate.py: stopped"
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("side", [16, 64])
 def test_pixels_are_enlarged_to_even_squares(tmp_path, side):
     """Every pixel of random images shows some 128 / side times larger, and no label is cut off."""
@@ -166,6 +169,7 @@ def test_true_factors_vary_one_at_a_time(tiny_run, tiny_npz, tmp_path, drawn):
         assert factors[shown, k].tolist() == list(range(n)) and (others == others[0]).all()
 
 
+@pytest.mark.usefixtures("pictures")
 def test_seed_decides_every_pixel(tiny_npz, tmp_path):
     """Seed 0 twice gives the same files; seed 1 gives others. Weights so large that all shows."""
     path = write_checkpoint(tmp_path / "ckpt.pt", tiny_npz)
@@ -247,6 +251,7 @@ def test_slerp_keeps_to_the_sphere():
     assert torch.allclose(interpolate.slerp(a, a, w), a.expand(4, -1, -1, -1), atol=1e-3)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_picture_of_ones_own_is_cropped_redrawn_and_traversed(tiny_run, tmp_path, drawn):
     picture = Image.new("RGB", (90, 40), (0, 0, 255))                  # blue at both sides
     picture.paste((255, 0, 0), (25, 0, 65, 40))                        # the middle square is red
@@ -291,13 +296,16 @@ def test_a_wrong_flag_is_told_in_one_line(tiny_run, tmp_path, flags, words):
     assert all(word in text for word in words)
 
 
-def test_a_wrong_checkpoint_is_told_in_one_line(tmp_path):
+def test_a_wrong_checkpoint_is_told_in_one_line(tmp_path, monkeypatch, capfd):
     (tmp_path / "a.pt").write_text("no checkpoint")
     assert "not found" in refusal([tmp_path / "ckpt.pt"])
     assert "a.pt" in refusal([tmp_path / "a.pt"])
-    run = subprocess.run([sys.executable, ROOT / "interpolate.py", tmp_path / "ckpt.pt"],
-                         capture_output=True, text=True)
-    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1 and not run.stdout
+
+    script = str(ROOT / "interpolate.py")                              # called by its name
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "ckpt.pt")])
+    with pytest.raises(SystemExit, match="not found"):
+        runpy.run_path(script, run_name="__main__")
+    assert capfd.readouterr() == ("", "")
 
 
 # ---- pictures of any kind, latents without factors ----

@@ -103,6 +103,7 @@ def test_codes_of_images_are_likeliest_categories_and_decode_as_their_one_hot_co
         assert torch.equal(model.decode(z + 99), model.decode(torch.full_like(z, 4)))
 
 
+@pytest.mark.usefixtures("pictures")
 @KINDS
 def test_a_categorical_model_trains_is_scored_and_traversed(tiny_npz, tmp_path, kind):
     train.main(["--data", tiny_npz, "--latent", kind, "--categories", "4", "--steps", "3",

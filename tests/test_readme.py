@@ -41,6 +41,12 @@ def test_readme_command_parses(argv):
 
 def test_readme_commands_and_blocks_run_in_order(tmp_path, monkeypatch, shapes3d):
     """Those that need no file that README does not make."""
+    report = evaluate.report
+
+    def report_of_few(path, args, *load):
+        args.n = 200                                           # of a search's trials too
+        return report(path, args, *load)
+    monkeypatch.setattr(evaluate, "report", report_of_few)
     monkeypatch.chdir(tmp_path)
     for script, *flags in readme_commands():
         name = script.removesuffix(".py")
