@@ -77,7 +77,10 @@ def wait(process, log, rng):
     while lines and process.is_alive():
         time.sleep(0.002)
         if log.exists() and log.stat().st_size != size:
-            size, lines, pause, since = log.stat().st_size, lines - 1, time.time() - since, time.time()
+            size = log.stat().st_size
+            lines -= 1
+            pause = time.time() - since
+            since = time.time()
     process.join(rng.uniform(0, 1) * min(pause, 2))
 
 def killed(out, argv, rng, n_kills):
@@ -124,10 +127,10 @@ class Code:
 def odd_values():
     """Values that no file of ours holds in the place of another."""
     t = torch.ones
-    return [None, -1, 0, 3, 2**40, 2**70, 1.5, math.nan, math.inf, True, "", "x\ny", "../..", b"", [],
-            {}, [[1]], {"a": 1}, {1: 2}, t(()), t(3), t(2, 3) * math.nan, t(3, dtype=torch.int64),
-            t(3, dtype=torch.float64), t(3, dtype=torch.complex64), t(1).expand(10**6, 10**6),
-            t(2, 2).to_sparse(), t(3, device="meta"), t(0)]
+    return [None, -1, 0, 3, 2**40, 2**70, 1.5, math.nan, math.inf, True, "", "x\ny", "../..", b"",
+            [], {}, [[1]], {"a": 1}, {1: 2}, t(()), t(3), t(2, 3) * math.nan,
+            t(3, dtype=torch.int64), t(3, dtype=torch.float64), t(3, dtype=torch.complex64),
+            t(1).expand(10**6, 10**6), t(2, 2).to_sparse(), t(3, device="meta"), t(0)]
 
 def places(content, path=()):
     """Every place in nested dicts and lists, as a path of keys."""
@@ -220,8 +223,8 @@ def write_npz(path, arrays, rng, trace):
             np.lib.format.write_array(page, array)
             content = page.getvalue()
             if name == key and way == 4:                # claims terabytes, or nonsense
-                shape = rng.choice([(10**12,), (10**6, 10**6), (2**62, 8), (-1, 4), (10**9, 16, 16, 3),
-                                    (24, 10**9)])
+                shape = rng.choice([(10**12,), (10**6, 10**6), (2**62, 8), (-1, 4),
+                                    (10**9, 16, 16, 3), (24, 10**9)])
                 page = io.BytesIO()
                 np.lib.format.write_array_header_1_0(page, {
                     "descr": rng.choice(["|u1", "<f8", "<i8", "|O", "<U99999"]),

@@ -264,8 +264,9 @@ def bench_levers(args, data):
         parts[0].to(memory_format=torch.contiguous_format)
         return parts
     runs = {"default: patch 4, U-Net sees 24 of 128": partial(step_s, small, data, build(small))}
-    for name, changes in {"patch 2": dict(patch=2), "patch 1": dict(patch=1),
-                          "U-Net and decoder see all": dict(ddpm_images=128, rec_images=128)}.items():
+    variants = {"patch 2": dict(patch=2), "patch 1": dict(patch=1),
+                "U-Net and decoder see all": dict(ddpm_images=128, rec_images=128)}
+    for name, changes in variants.items():
         cfg = replace(small, **changes)
         runs[name] = partial(step_s, cfg, data, build(cfg))
     runs["not channels_last"] = partial(step_s, small, data, contiguous(small), contiguous=True)

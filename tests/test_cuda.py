@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""CUDA: where there is a GPU, by running there; elsewhere as far as tensors without content tell."""
+"""CUDA: where there is a GPU, by running there; elsewhere as far as empty tensors tell."""
 import json
 from copy import deepcopy
 from dataclasses import replace

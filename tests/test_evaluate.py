@@ -35,7 +35,7 @@ def small_grid(path):
 
 
 def bands(path):
-    """A data set of 240 images in which each of four factors places a block in a band of its own."""
+    """A data set of 240 images: each of four factors places a block in a band of its own."""
     factors = np.stack(np.meshgrid(*map(np.arange, (5, 4, 3, 4)), indexing="ij"), -1).reshape(-1, 4)
     images = np.zeros((240, 16, 16, 1), np.uint8)
     for image, values in zip(images, factors):
@@ -362,7 +362,7 @@ def test_generation_when_z_is_ignored(tmp_path):
 @pytest.mark.parametrize("model", ["ivae", "idiff"])
 def test_generate_flag(tmp_path, capsys, monkeypatch, small_classifier, model):
     """A partial grid with a constant factor; all that was named is reported and repeats."""
-    monkeypatch.setattr(evaluate, "train_reader",              # what it reads is of no interest here
+    monkeypatch.setattr(evaluate, "train_reader",              # what it reads does not matter here
                         lambda data, seed: small_classifier(data, seed, 10))
     with np.load(small_grid(tmp_path / "grid.npz")) as file:
         images, factors = file["images"][::2], np.insert(file["factors"], 1, 7, axis=1)[::2]
@@ -374,7 +374,8 @@ def test_generate_flag(tmp_path, capsys, monkeypatch, small_classifier, model):
     text = path.with_name("metrics.json").read_text()
     made = json.loads(text)["generation"]
     networks = ["decoder"] + ["diffusion"] * (model == "idiff")
-    assert set(made["accuracy"]) == {"classifier"} | {n + k for n in networks for k in ("", ", edited")}
+    edited = [f"{network}, edited" for network in networks]
+    assert set(made["accuracy"]) == {"classifier", *networks, *edited}
     names = ["factor 0", "factor 2", "factor 3", "factor 4", "mean"]
     assert all(list(row) == names for row in made["accuracy"].values()) and made["n"] == 12
     kinds = ("error", "nearest", "laplacian")

@@ -20,8 +20,8 @@ from torch.distributions import Normal, kl_divergence
 
 import evaluate
 import idiff
-from conftest import PRIORS
-from idiff import Config, Data, Gaussian, IDiff, VPSDE, contrast_loss, kl_loss, seeded_noise
+from idiff import (PRIORS, VPSDE, Config, Data, Gaussian, IDiff, contrast_loss, kl_loss,
+                   seeded_noise)
 
 SMALL = dict(width=8, unet_width=8, batch_size=4, ddpm_images=2, image_size=16, latent_dim=4,
              n_factors=3, prior="known")
@@ -1202,7 +1202,7 @@ TABLE = ["shape,file,u:time,größe,u", "1,0.png,0.5,10,0", "0,1.png,1,9,0",
 
 
 def test_folder_of_pictures_and_a_table(tmp_path):
-    """Any order of columns and rows, numbers in order, u and u:NAME apart, a bar for the reading."""
+    """Any order of columns and rows, numbers in order, u and u:NAME apart, a bar while it reads."""
     seen = []
     path = write_folder(tmp_path / "pics", TABLE)
     data = idiff.load_data(path, progress=lambda rows, **kwargs: seen.append(kwargs) or rows)

@@ -12,8 +12,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 import evaluate
 import interpolate
 import train
-from conftest import PRIORS
-from idiff import (Categories, Config, Gaussian, IDiff, KnownPrior, balanced_kl, kl_loss,
+from idiff import (PRIORS, Categories, Config, Gaussian, IDiff, KnownPrior, balanced_kl, kl_loss,
                    load_checkpoint)
 
 SMALL = dict(width=8, unet_width=8, image_size=16, latent_dim=3, n_factors=2, categories=5)

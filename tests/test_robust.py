@@ -110,7 +110,7 @@ def test_odd_paths_work(tiny_npz, tmp_path, monkeypatch):
     assert (tmp_path / "-my rün" / "metrics.json").exists()
 
 def test_a_folder_of_pictures_is_trained_on_and_found_again(tmp_path, monkeypatch):
-    """From its own parent, then by all scripts from elsewhere; a folder "dsprites" is no replica."""
+    """From its own parent, then by all scripts from elsewhere; a folder dsprites is no replica."""
     pics = tmp_path / "dsprites" / "pics"
     pics.mkdir(parents=True)
     lines = ["file,shape,size,u"]

@@ -462,7 +462,8 @@ def test_a_resumed_run_stays_frozen_without_the_first_checkpoint(full_ivae, tiny
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("--latent-dim 4", "latent_dim 3"), ("--prior known", "prior full"), ("--prior-mean learned", "prior_mean auto"),
+    ("--latent-dim 4", "latent_dim 3"), ("--prior known", "prior full"),
+    ("--prior-mean learned", "prior_mean auto"),
     ("--model ivae", "model idiff"), ("--data dsprites", "image_size 16")])
 def test_what_contradicts_a_frozen_ivae_is_named(full_ivae, tiny_npz, tmp_path, capsys, flags,
                                                  named):
@@ -723,9 +724,11 @@ def test_a_term_of_no_weight_may_overflow(tmp_path, tiny_npz, monkeypatch):
 @pytest.mark.usefixtures("pictures")
 def test_losses_of_an_ivae_are_drawn_though_none_is_the_unets(tmp_path):
     """A contrast below 0 has no logarithm, and where only one panel is empty none is drawn."""
-    records = [{"config": {}}, {"step": 20, "contrast": -0.1, "gradient norm": 1, "seconds": 0},
-               {"step": 40, "kl": 2, "contrast": -0.2, "rec": 0.1, "gradient norm": 1, "seconds": 0},
-               {"step": 60, "kl": 1, "contrast": -0.3, "rec": 0.2, "gradient norm": 1, "seconds": 1},
+    more = {"gradient norm": 1, "seconds": 0}
+    records = [{"config": {}},
+               {"step": 20, "contrast": -0.1, **more},
+               {"step": 40, "kl": 2, "contrast": -0.2, "rec": 0.1, **more},
+               {"step": 60, "kl": 1, "contrast": -0.3, "rec": 0.2, **more},
                {"step": 60, "validation": {"elbo": -1}}]
     lines = [json.dumps(record) for record in records]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
