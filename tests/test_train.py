@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import idiff
 import interpolate
 import train
 from conftest import ROOT, TINY, same
-from idiff import Config, load_checkpoint, read_checkpoint, save_checkpoint
+from idiff import Config, load_checkpoint, load_data, read_checkpoint, save_checkpoint
 
 
 def log_of(out):
@@ -352,6 +353,13 @@ def test_the_learning_rate_rises_and_falls():
     cosine = [math.cos(math.pi * x / 2) ** 2 for x in (0, 0.049, 0.5, 0.75, 1)]
     assert shares == pytest.approx([a * b for a, b in zip((0.01, 0.5, 1, 1, 1), cosine)])
     assert train.warmth(small_cfg(schedule="constant"), 399) == 1
+
+
+def test_validation_draws_the_same_whatever_the_seed(tiny_run, tiny_npz):
+    model = load_checkpoint(tiny_run / "ckpt.pt")
+    data = load_data(tiny_npz)
+    first = train.validate(model.cfg, model, data)
+    assert train.validate(replace(model.cfg, seed=5), model, data) == first
 
 
 def test_muon_moves_the_matrices_of_decoder_and_unet_alone():
