@@ -387,6 +387,20 @@ def test_muon_steps_by_its_rate_along_the_mean_gradient():
         assert torch.linalg.matrix_norm(step, 2) == pytest.approx(0.1 * size, rel=0.3)
 
 
+def test_muons_momentum_is_nine_tenths():
+    """After ten equal gradients the fifth opposite one turns the step: 0.9^k (2 - 0.9^10) < 1."""
+    gradient = torch.eye(4)
+    w = torch.zeros(4, 4, requires_grad=True)
+    optimizer = train.Muon([w], lr=0.1)
+    upwards = []
+    for k in range(15):
+        before = w[0, 0].item()
+        w.grad = gradient if k < 10 else -gradient
+        optimizer.step()
+        upwards.append(w[0, 0].item() > before)
+    assert upwards == [False] * 10 + [False] * 4 + [True]
+
+
 @torch.no_grad()
 def test_the_elbo_is_that_of_a_gaussian_decoder(shapes3d):
     cfg = small_cfg()
