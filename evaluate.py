@@ -151,9 +151,9 @@ def mean_of(values, metric, wanted="a varying factor"):
     """Mean of the values that are not NaN; NaN and a warning if there are none."""
     values = np.asarray(values)
     values = values[~np.isnan(values)]
-    if len(values) == 0:
+    if not len(values):
         warnings.warn(f"{metric} is undefined: it needs {wanted}.", stacklevel=3)
-        return float("nan")
+        return np.nan
     return float(values.mean())
 
 
@@ -211,7 +211,7 @@ def mcc(codes, factors):
     """Spearman's mean correlation coefficient, in [0, 1]; low for a cyclic or unordered factor."""
     codes, factors = as_arrays(codes, factors)
     corr = correlation(codes, factors)[:, varying(factors)]
-    if corr.size == 0:
+    if not corr.size:
         return mean_of([], "MCC")
     pairs = match(corr)
     # factors without a latent count as 0; iVAE's code divides by min(D, K) and forgets them
@@ -373,7 +373,7 @@ def of_codes(path, args):
     try:
         with np.load(path, allow_pickle=False) as file:
             codes, factors = file["codes"], file["factors"]
-            as_arrays(codes, factors)
+            codes, _ = as_arrays(codes, factors)
     except Exception:                            # of zip, numpy, as_arrays: many
         raise ValueError(f"'{path}' needs the arrays codes and factors, (N, D) and (N, K) of "
                          "finite numbers, N at least 2. Save it by np.savez.") from None

@@ -1282,7 +1282,7 @@ def check_arrays(arrays, path, device, image_size):
             names = list(known)
     if "factor_names" in arrays:
         names = [text.decode() if isinstance(text, bytes) else str(text)
-                 for text in arrays["factor_names"].tolist()]
+                 for text in arrays["factor_names"].flat]
     named = dict(zip(names, values))
     if not len(named) == len(names) == len(values):
         raise ValueError(f"'{path}': factor_names are {names}; wanted are {len(values)} different "

@@ -330,7 +330,7 @@ def restore(content, model, ema, optimizers):
             shapes = {moment.shape for name, moment in state.items() if name != "step"}
             if shapes - {p.shape}:                         # torch would crash
                 raise ValueError(f"moments of a {p.shape} weight are {shapes}")
-    return content["step"]
+    return int(content["step"])
 
 
 # ---- One step ----
@@ -506,15 +506,14 @@ def validate(cfg, model, data, n=4096, size=256):
 
 def describe(cfg, data, model):
     """The first lines: what runs, on what, and how much of it; what the data hold."""
-    info = model.info
-    frozen = f", frozen iVAE of {info['frozen']}" if info["frozen"] else ""
+    frozen = f", frozen iVAE of {model.info['frozen']}" if model.info["frozen"] else ""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     prior = "N(0, 1)" if cfg.model == "vae" else cfg.prior
     factors = [f"{name} {len(values)} ({values[0]} to {values[-1]})"
                for name, values in zip(data.factor_names, data.values)]
     return (f"{data.device}, {torch.get_num_threads()} threads, ranks {WORLD}, size "
-            f"{info['size']}, method {info['method']}{frozen}: {cfg.model}, prior {prior}, u "
-            f"{cfg.u}; {data.name}; {millions:.2f} M parameters; {cfg.steps} steps of "
+            f"{model.info['size']}, method {model.info['method']}{frozen}: {cfg.model}, prior "
+            f"{prior}, u {cfg.u}; {data.name}; {millions:.2f} M parameters; {cfg.steps} steps of "
             f"{cfg.batch_size} images, {cfg.epochs:.2g} epochs\n"
             f"{len(data):,} images {data.image_shape}; own u: {data.u.shape[1] or 'no'} columns; "
             f"factors: {', '.join(factors) or 'none'}\n{data.note}")

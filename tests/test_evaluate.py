@@ -241,6 +241,15 @@ def test_out_takes_the_report_of_one_path_and_the_tables_of_many(runs, tmp_path)
     assert runs[0].with_name("metrics.json").exists()
 
 
+def test_codes_of_half_precision_may_be_large(tmp_path, capsys):
+    """Their squares are beyond 16 bits."""
+    codes = np.linspace(-60_000, 60_000, 40, dtype=np.float16).reshape(20, 2)
+    np.savez(tmp_path / "codes.npz", codes=codes, factors=np.arange(20)[:, None] % 4)
+    evaluate.main([str(tmp_path / "codes.npz"), "--no-dci"])
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["latent_std"] == pytest.approx(codes.astype(float).std(axis=0))
+
+
 def test_codes_of_somebody_elses_model(tmp_path, capsys):
     """The metrics are those of the arrays; tables set the file beside checkpoints' reports."""
     rng = np.random.default_rng(0)

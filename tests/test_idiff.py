@@ -1085,6 +1085,7 @@ def test_bad_data_file_gives_one_line(tmp_path, kind):
     (dict(images=numbered_images(2), factors=[[0], ["a"]]), "np.unique"),
     (dict(images=numbered_images(2), u=["a", "b"]), "u are (2, 1) <U1"),
     (dict(images=numbered_images(2), factors=[1, 2], factor_names=["a", "b"]), "1 different name"),
+    (dict(images=numbered_images(2), factors=[[1, 2], [3, 4]], factor_names=3), "2 different"),
     (dict(images=numbered_images(2) - 0.5), "-0.5 to 254.5"),
     (dict(imags=numbered_images(2), u=[1, 2]), "no array images")])
 def test_refusal_of_an_array_tells_the_remedy(tmp_path, arrays, remedy):

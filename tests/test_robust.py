@@ -163,7 +163,7 @@ def test_what_a_run_was_started_with_is_needed_to_resume_it(run, tiny_npz, missi
     assert "ckpt.pt" in text and missing in text
 
 @pytest.mark.parametrize("entries", [
-    dict(step=99), dict(step=None), dict(optimizers=[])])
+    dict(step=99), dict(step=None), dict(step=torch.tensor([1.0, 1.0])), dict(optimizers=[])])
 def test_training_state_that_does_not_fit_is_refused(run, entries):
     path = change(run, **entries)
     before = path.read_bytes()
