@@ -1281,7 +1281,7 @@ def check_arrays(arrays, path, device, image_size):
         if list(known.values()) == list(map(len, values)):
             names = list(known)
     if "factor_names" in arrays:
-        names = [text.decode() if isinstance(text, bytes) else str(text)
+        names = [text.decode(errors="replace") if isinstance(text, bytes) else str(text)
                  for text in arrays["factor_names"].flat]
     named = dict(zip(names, values))
     if not len(named) == len(names) == len(values):

@@ -1078,6 +1078,13 @@ def test_bad_data_file_gives_one_line(tmp_path, kind):
     assert str(path) in one_line(error)
 
 
+def test_a_name_in_another_encoding_is_shown_as_far_as_it_can_be(tmp_path):
+    np.savez(tmp_path / "a.npz", images=numbered_images(2), factors=[1, 2],
+             factor_names=["größe".encode("latin-1")])
+    [name] = idiff.load_data(str(tmp_path / "a.npz")).factor_names
+    assert name == "gr\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}e"
+
+
 @pytest.mark.parametrize("arrays, remedy", [
     (dict(images=numbered_images(2).transpose(0, 3, 1, 2)), "images.transpose(0, 2, 3, 1)"),
     (dict(images=numbered_images(2, channels=4)), "images[..., :3]"),
