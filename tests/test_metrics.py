@@ -296,3 +296,10 @@ def test_classes_are_never_binned():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             mig(factors, factors)
+
+
+def test_a_factor_of_more_than_256_values_is_a_number_however_many_rows_there_are():
+    factors = np.arange(3000)[:, None] % np.array([256, 300])
+    with pytest.warns(UserWarning, match="factor 1 is a number") as told:
+        mig(factors, factors)
+    assert not any("factor 0" in str(warning.message) for warning in told)
