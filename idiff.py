@@ -450,8 +450,8 @@ class DiagonalPrior(Prior):
     def __init__(self, cfg, hidden=64):
         super().__init__(cfg)
         n = min(cfg.n_factors, cfg.latent_dim)
-        widths = (2, hidden, hidden, numbers_per_latent(cfg))
-        self.nets = nn.ModuleList(mlp(*widths) for _ in range(n))
+        self.nets = nn.ModuleList(
+            mlp(2, hidden, hidden, numbers_per_latent(cfg)) for _ in range(n))
 
     def forward(self, u):
         log_s, m = unpack_u(u, self.cfg)
@@ -1351,8 +1351,8 @@ def save_grid(file, images, rows, columns):
     """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""
     from matplotlib.figure import Figure
     n, m = len(columns), len(rows)
-    pixels = images.float().cpu().clamp(-1, 1) / 2 + 0.5
-    pixels = F.pad(pixels, (1, 1, 1, 1), value=1)              # half a gap around each
+    pixels = (images.float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().byte()
+    pixels = F.pad(pixels, [1] * 4, value=255)                 # half a gap around each
     grid = pixels.unflatten(0, (m, n)).permute(0, 3, 1, 4, 2)  # (m, H, n, W, C)
     grid = grid.flatten(2, 3).flatten(0, 1).expand(-1, -1, 3).numpy()          # (m H, n W, 3)
 

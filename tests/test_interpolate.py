@@ -110,18 +110,14 @@ def test_pixels_are_enlarged_to_even_squares(tmp_path, side):
     cells = [np.pad(c.permute(1, 2, 0).mul(127.5).add(127.5).round().byte().numpy(),
                     ((1, 1), (1, 1), (0, 0)), constant_values=255) for c in x]
     want = np.vstack([np.hstack(cells[:3]), np.hstack(cells[3:])])
-    zoom = 128 // side
-    want = want.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    want = want.repeat(128 // side, axis=0).repeat(128 // side, axis=1)
     height, width = want.shape[:2]
     for label in ("a", "word", "a longer one\nof two lines", "z3 · object hue"):
         interpolate.save_grid(tmp_path / "grid.png", x, [label, "b"], ["", "c", "d"])
         shown = np.array(Image.open(tmp_path / "grid.png").convert("RGB"))
-        shown = shown.astype(int)
-        places = np.argwhere(np.abs(shown[:, :, 0] - want[2 * zoom, 2 * zoom, 0]) <= 1)
-        corners = [(i - 2 * zoom, j - 2 * zoom) for i, j in places if min(i, j) >= 2 * zoom]
-        found = [shown[i:i + height, j:j + width] for i, j in corners]
-        assert any(np.array_equal(cut.shape, want.shape) and np.abs(cut - want).max() <= 1
-                   for cut in found)
+        assert any(np.array_equal(shown[i:i + height, j:j + width], want)
+                   for i in range(len(shown) - height + 1)
+                   for j in range(shown.shape[1] - width + 1))
         ink = (shown < 128).any(axis=2)
         assert not ink[[0, -1]].any() and not ink[:, [0, -1]].any()
 
