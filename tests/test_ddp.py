@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 
 import pytest
@@ -18,7 +17,7 @@ from torch.distributed import TCPStore
 import train
 from conftest import ROOT, TINY, same, start, without_pictures
 from idiff import read_checkpoint
-from test_train import log_of, steps_of
+from test_train import log_of, steps_of, wait_for_steps
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LONG = "--schedule constant --steps".split()
@@ -140,12 +139,6 @@ def test_two_steps_and_two_resumed_equal_four_on_two_ranks(four, tmp_path, tiny_
     assert resumed["step"] == 4
     for part in ("model", "ema", "optimizers", "config"):
         assert same(whole[part], resumed[part]), part
-
-
-def wait_for_steps(log, over):
-    """Until a log tells of some steps, or the run is over."""
-    while not over() and not (log.is_file() and log.read_text().count("step") > 5):
-        time.sleep(0.05)
 
 
 def test_sigterm_ends_both_ranks_and_saves_once(tmp_path, tiny_npz):

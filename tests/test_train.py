@@ -38,6 +38,12 @@ def steps_of(out):
     return [record for record in log_of(out) if "seconds" in record]
 
 
+def wait_for_steps(log, over):
+    """Until a log tells of some steps, or the run is over."""
+    while not over() and not (log.is_file() and log.read_text().count("step") > 5):
+        time.sleep(0.05)
+
+
 def config_of(out):
     return log_of(out)[0]["config"]
 
@@ -588,9 +594,7 @@ def test_ctrl_c_in_a_terminal_saves(tiny_npz, tmp_path):
             "--out", str(out)]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}) as run:
-        log = out / "log.jsonl"
-        while run.poll() is None and not (log.is_file() and log.read_text().count("step") > 5):
-            time.sleep(0.05)
+        wait_for_steps(out / "log.jsonl", lambda: run.poll() is not None)
         run.send_signal(signal.SIGINT)
         _, shown = run.communicate(timeout=60)
     assert "Traceback" not in shown and f"--resume {out}/ckpt.pt" in shown.splitlines()[-1]
