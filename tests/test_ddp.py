@@ -141,12 +141,13 @@ def test_two_steps_and_two_resumed_equal_four_on_two_ranks(four, tmp_path, tiny_
         assert same(whole[part], resumed[part]), part
 
 
-def test_sigterm_ends_both_ranks_and_saves_once(tmp_path, tiny_npz):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stop_ends_both_ranks_and_saves_once(tmp_path, tiny_npz, number):
     """torchrun passes it on."""
     out = tmp_path / "run"
     with torchrun(*TINY, "--data", tiny_npz, "--steps", "1000000", "--out", out) as run:
         wait_for_steps(out / "log.jsonl", lambda: run.poll() is not None)
-        run.send_signal(signal.SIGTERM)
+        run.send_signal(number)
         _, shown = run.communicate(timeout=300)
     assert shown.count(f"--resume {out}/ckpt.pt") == 1
     assert read_checkpoint(str(out / "ckpt.pt"))["step"] == log_of(out)[-1]["step"] > 3

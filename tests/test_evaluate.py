@@ -8,7 +8,7 @@ import copy
 import io
 import json
 import re
-import runpy
+import subprocess
 import sys
 import warnings
 from argparse import Namespace
@@ -120,10 +120,10 @@ def test_report_on_known_codes(measured, tmp_path, capsys):
         assert (tmp_path / f"{picture}.png").stat().st_size > 5000
 
 
-def test_the_file_is_a_script(runs, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(runs[1]), "--n", "60", "--no-dci"])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert "iVAE, 5 latents" in capsys.readouterr().out
+def test_script_runs_as_a_process(runs):
+    done = subprocess.run([sys.executable, SCRIPT, runs[1], "--n", "60", "--no-dci"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "iVAE, 5 latents" in done.stdout, done.stderr
 
 
 @pytest.mark.usefixtures("pictures")

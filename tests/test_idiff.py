@@ -1236,6 +1236,28 @@ def test_pictures_of_a_folder_get_one_size_and_three_channels(tmp_path, mode, si
     assert data.image_shape == (3, size or 64, size or 64)
 
 
+def test_a_folder_may_mix_pictures_of_all_kinds_under_any_names(tmp_path):
+    from PIL import Image
+    lines = ["file,a"]
+    for i, mode in enumerate(("RGB", "L", "LA", "RGBA")):
+        picture = Image.new("RGB", (90 + i, 70), (10 * i,) * 3).convert(mode)
+        picture.save(tmp_path / f"bild ä{i}.png")
+        lines.append(f"bild ä{i}.png,{i}")
+    (tmp_path / "table.csv").write_text("\n".join(lines), "utf-8")
+    data = idiff.load_data(str(tmp_path))
+    i = torch.arange(4)
+    grey = (10 * i / 127.5 - 1).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
+    assert torch.allclose(data.images(i), grey, atol=1e-5) and data.factors(i)[:, 0].equal(i)
+
+
+def test_a_picture_of_a_folder_that_has_no_one_meaning_is_named(tmp_path):
+    from PIL import Image
+    Image.new("F", (64, 64)).save(tmp_path / "b.tiff")
+    (tmp_path / "table.csv").write_text("file,a\nb.tiff,1\n")
+    with pytest.raises(ValueError, match="b.tiff.*PNG"):
+        idiff.load_data(str(tmp_path))
+
+
 def test_a_table_may_have_u_alone_or_nothing(tmp_path):
     data = idiff.load_data(write_folder(tmp_path / "a", ["file,u", "0.png,1", "1.png,2"]))
     assert data.u.tolist() == [[-1], [1]] and data.factor_names == ()

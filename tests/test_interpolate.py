@@ -5,7 +5,7 @@
     python -m pytest tests/test_interpolate.py -k swap
 """
 import math
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -296,16 +296,13 @@ def test_a_wrong_flag_is_told_in_one_line(tiny_run, tmp_path, flags, words):
     assert all(word in text for word in words)
 
 
-def test_a_wrong_checkpoint_is_told_in_one_line(tmp_path, monkeypatch, capfd):
+def test_a_wrong_checkpoint_is_told_in_one_line(tmp_path):
     (tmp_path / "a.pt").write_text("no checkpoint")
     assert "not found" in refusal([tmp_path / "ckpt.pt"])
     assert "a.pt" in refusal([tmp_path / "a.pt"])
-
-    script = str(ROOT / "interpolate.py")                              # called by its name
-    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "ckpt.pt")])
-    with pytest.raises(SystemExit, match="not found"):
-        runpy.run_path(script, run_name="__main__")
-    assert capfd.readouterr() == ("", "")
+    run = subprocess.run([sys.executable, ROOT / "interpolate.py", tmp_path / "ckpt.pt"],
+                         capture_output=True, text=True)
+    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1 and not run.stdout
 
 
 # ---- pictures of any kind, latents without factors ----

@@ -8,15 +8,15 @@ import logging
 import os
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
-from functools import partial
 
 import optuna
 import pytest
 
 import train
-from conftest import start, without_pictures
+from conftest import ROOT, start
 
 TINY = ["--model", "ivae", "--steps", "1", "--batch-size", "8", "--width", "8", "--device", "cpu"]
 
@@ -39,14 +39,11 @@ def cells(study, *states):
                   if t.state.name in (states or ("COMPLETE",)))
 
 
-def worker(argv, endless=False):
-    """A search in a process of its own; an endless one falls silent in its first trial."""
+def endless_worker(argv):
+    """A search in a process of its own, which falls silent in its first trial."""
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    if endless:
-        train.train = lambda *_: time.sleep(1000)
-    train.validate = partial(train.validate, n=512)
-    with without_pictures():
-        train.main(argv)
+    train.train = lambda *_: time.sleep(1000)
+    train.main(argv)
 
 
 ALL = [(1e-4, 0.1), (1e-4, 1.0), (1e-2, 0.1), (1e-2, 1.0)]
@@ -84,7 +81,7 @@ def test_a_killed_trial_of_a_database_is_marked_failed_and_its_cell_runs_again(a
     """Its worker is silent; the database knows since when."""
     file = tmp_path / "studies.db"
     flags = [*argv, "--search", "grid", "--storage", f"sqlite:///{file}"]
-    silent = start(worker, flags, True)
+    silent = start(endless_worker, flags)
     log = os.path.join(argv[argv.index("--out") + 1], "trial-000", "log.jsonl")
     while not os.path.exists(log) and silent.is_alive():
         time.sleep(0.05)
@@ -125,10 +122,9 @@ def test_a_folder_holds_one_search(argv, capsys, flags):
 
 
 def test_two_workers_share_a_study(argv):
-    workers = [start(worker, [*argv, "--search", "grid"]) for _ in range(2)]
-    for process in workers:
-        process.join()
-    assert [process.exitcode for process in workers] == [0, 0]
+    command = [sys.executable, str(ROOT / "train.py"), *argv, "--search", "grid"]
+    workers = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
     assert set(cells(study_of(argv))) == set(ALL)
 
 
