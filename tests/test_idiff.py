@@ -570,7 +570,7 @@ def test_u_makes_the_latents_of_an_ivae_the_factors_and_a_shuffled_u_collapses_t
 
 
 def test_the_contrast_finds_the_factors_of_a_learned_prior_where_the_elbo_does_not():
-    learned = dict(prior="full", kl=1e-3, steps=200)
+    learned = dict(prior="full", kl=1e-3, steps=400)
     codes, _, factors = train_ivae(**learned, contrast=1.0)
     assert evaluate.mcc(codes, factors) > 0.9 and evaluate.mig(codes, factors) > 0.4
     codes, _, factors = train_ivae(**learned)
