@@ -39,7 +39,7 @@ NAMES = {"mig": "discrete MIG",
          "completeness": "completeness",
          "informativeness": "informativeness"}
 FOUR = ("mig", "mcc", "disentanglement", "modularity")         # the paper's, in its order
-MODELS = {"vae": "VAE", "ivae": "iVAE", "idiff": "iVAE + DDPM"}
+MODELS = {"vae": "VAE", "ivae": "iVAE", "idiff": "iVAE + DDPM", "codes": "codes"}
 PAPER = {                                                      # Tables 2 and 3: mean ± std / max
     "VAE": "0.06 ± 0.04 / 0.14, 0.20 ± 0.13 / 0.49, 0.09 ± 0.09 / 0.26, 0.51 ± 0.25 / 0.87",
     "iVAE": "0.19 ± 0.07 / 0.34, 0.19 ± 0.09 / 0.39, 0.11 ± 0.10 / 0.30, 0.41 ± 0.12 / 0.63",
@@ -56,6 +56,7 @@ def build_parser():
     add("--out", type=Path, help="folder of the report, or of many paths' tables; None: theirs")
     add("--n", type=int, default=N_DCI, help="images to encode; all but DCI take 10,000")
     add("--generate", type=int, default=0, metavar="N", help="images to generate and to judge")
+    add("--n-bins", type=int, default=20, help="of latents, and of factors that are numbers")
     add("--no-dci", action="store_true", help="skip DCI, which takes most of the time")
     add("--seed", type=int, default=0, help="seed of rows, samples and trees")
     add("--data", help="name or path of the data, if not those the model was trained on")
@@ -102,7 +103,7 @@ def drawing(path):
 def equal_bins(values, n_bins):
     """The bin of each value, of equal widths between their minimum and maximum, as the library."""
     edges = np.linspace(values.min(), values.max(), n_bins + 1)        # an outlier squeezes them
-    return np.searchsorted(edges[:-1], values, side="right") - 1       # the last bin is closed
+    return np.digitize(values, edges[:-1]) - 1  # the last bin is closed
 
 
 def as_arrays(codes, factors, n_bins=None):
@@ -195,10 +196,10 @@ def correlation(codes, factors):
     from scipy.stats import rankdata
     codes, factors = as_arrays(codes, factors)
     ranks = rankdata(np.hstack([codes, factors]), axis=0)
-    ranks = ranks - ranks.mean(axis=0)
-    ranks = ranks / np.linalg.norm(ranks, axis=0).clip(1e-9)
+    with np.errstate(invalid="ignore"):          # a constant column: 0 / 0
+        rho = np.corrcoef(ranks, rowvar=False)
     d = codes.shape[1]
-    return np.abs(ranks[:, :d].T @ ranks[:, d:])
+    return np.abs(np.nan_to_num(rho[:d, d:]))
 
 
 def match(corr):
@@ -275,17 +276,16 @@ def fit_trees(codes, factors, seed=0, label=None, n_bins=20):
         trees = GradientBoostingClassifier(random_state=seed)
         trees.fit(codes[:split], factors[:split, j])
         accuracy = trees.score(codes[split:], factors[split:, j])
-        return j, trees.feature_importances_, accuracy
+        return trees.feature_importances_, accuracy
 
     # factors in parallel, those of many values first, for they take longest
-    n_factors = factors.shape[1]
-    importance = np.zeros((codes.shape[1], n_factors))
-    accuracies = np.zeros(n_factors)
-    jobs = [delayed(fit)(j) for j in np.argsort(-factors.max(axis=0))]
-    fits = Parallel(-1, return_as="generator_unordered", prefer="threads")(jobs)
-    for j, column, accuracy in progress(fits, label, total=n_factors, disable=not label):
-        importance[:, j] = column
-        accuracies[j] = accuracy
+    slowest_first = np.argsort(-factors.max(axis=0))
+    jobs = [delayed(fit)(j) for j in slowest_first]
+    fits = Parallel(-1, return_as="generator", prefer="threads")(jobs)
+    importance = np.zeros((codes.shape[1], len(jobs)))
+    accuracies = np.zeros(len(jobs))
+    for j, result in zip(slowest_first, progress(fits, label, total=len(jobs), disable=not label)):
+        importance[:, j], accuracies[j] = result
     return importance, accuracies
 
 
@@ -457,19 +457,17 @@ def squares(x):
 
 
 def draw_images(model, z, x, noise):
-    """Images of z (1 + K, B, D) by network, and squared errors (B,), z[0] being the code of x."""
+    """Images of z (1 + K, B, D) by network; diffusion's errors (B,), z[0] being the code of x."""
     # all codes by the decoder, then by diffusion, the edits of an image from its own noise
     every = z.flatten(0, 1)
     images = {"decoder": model.decode(every).clamp(-1, 1)}
-    errors = {"decoder error": squares(images["decoder"][:len(x)] - x)}
     if model.unet is None:
-        return images, errors
+        return images, {}
     images["diffusion"] = model.sample(every, noise().repeat(len(z), 1, 1, 1))
-    errors["diffusion error"] = squares(images["diffusion"][:len(x)] - x)
 
     # half the squared difference of two samples is their variance
     again = model.sample(z[0], noise())
-    errors["variance given z"] = squares(images["diffusion"][:len(x)] - again) / 2
+    errors = {"variance given z": squares(images["diffusion"][:len(x)] - again) / 2}
 
     # the clean image as the U-Net believes in it, at some ratios of noise to image
     eps_fn = model.eps_fn(z[0])
@@ -509,8 +507,10 @@ def generation(model, data, rows, codes, args):
 
         # how sharp images of the codes as they are look, and what all of them show
         for network, image in images.items():
-            found[f"{network} laplacian"].append(laplacian(image[:len(x)]))
-            found[f"{network} nearest"].append(nearest_error(image[:len(x)], data, rows[ids]))
+            plain = image[:len(x)]
+            found[f"{network} error"].append(squares(plain - x))
+            found[f"{network} laplacian"].append(laplacian(plain))
+            found[f"{network} nearest"].append(nearest_error(plain, data, rows[ids]))
 
             seen = read(image).view(len(z), len(x), -1)        # (1 + K, B, K)
             edited = (seen == y_next[ids])[1:]
@@ -534,25 +534,28 @@ def generation(model, data, rows, codes, args):
 # It is a dict: "metrics" and, for comparison, "noise_floor" and "..._on_draws", each with
 # the names of NAMES as keys; "per_factor"; what a checkpoint says of itself; "generation".
 
-def four(codes, factors, importance=None):
+def four(codes, factors, n_bins, importance=None):
     """The paper's four metrics, a dict; disentanglement of DCI's matrix, NaN without one."""
     disentanglement = np.nan
     if importance is not None:
         disentanglement = dci_of_importance(importance)["disentanglement"]
-    return {"mig": mig(codes, factors), "mcc": mcc(codes, factors),
-            "disentanglement": disentanglement, "modularity": modularity(codes, factors)}
+    return {"mig": mig(codes, factors, n_bins),
+            "mcc": mcc(codes, factors),
+            "disentanglement": disentanglement,
+            "modularity": modularity(codes, factors, n_bins)}
 
 
 def measure(s, args):
     """The numbers of the report, a dict, of what of_checkpoint or of_codes gives."""
     codes, factors = s["codes"], s["factors"]
+    n_bins = args.n_bins
     std = codes.std(axis=0)
 
     # metrics that take more rows than the standard
     scores = dict.fromkeys(NAMES, np.nan)
     importance = None
     if not args.no_dci:
-        importance, accuracies = fit_trees(codes[:N_DCI], factors[:N_DCI], args.seed, "DCI")
+        importance, accuracies = fit_trees(codes[:N_DCI], factors[:N_DCI], args.seed, "DCI", n_bins)
         scores.update(dci_of_importance(importance))
         scores["informativeness"] = mean_of(accuracies, "informativeness")
 
@@ -560,13 +563,13 @@ def measure(s, args):
     noise = np.random.default_rng(args.seed).permutation(codes)
     if len(codes) <= N_DCI:
         codes, noise, factors = codes[:N_SCORES], noise[:N_SCORES], factors[:N_SCORES]
-    scores.update(four(codes, factors, importance))
+    scores.update(four(codes, factors, n_bins, importance))
 
     # which latent knows which factor
-    mi = mutual_information(codes, factors)
+    mi = mutual_information(codes, factors, n_bins)
     corr = correlation(codes, factors)
-    gap = mig_per_factor(codes, factors)
-    _, classes = as_arrays(codes, factors, n_bins=20)
+    gap = mig_per_factor(codes, factors, n_bins)
+    _, classes = as_arrays(codes, factors, n_bins)
     share = mi / np.where(np.isnan(gap), np.nan, entropies(classes))
     matched = {j: i for i, j in zip(*match(corr))}
     per_factor = {}
@@ -576,8 +579,8 @@ def measure(s, args):
                             "rho": corr[best, j], "mcc_latent": matched.get(j)}
 
     return {**s["info"], "metrics": scores,
-            "noise_floor": four(noise, factors),
-            **{name: four(*pair) for name, pair in s["draws"].items()},
+            "noise_floor": four(noise, factors, n_bins),
+            **{name: four(*pair, n_bins) for name, pair in s["draws"].items()},
             "per_factor": per_factor, "n": len(codes),
             "n_active": (std >= 0.05 * std.max()).sum(), "latent_std": std, "mi_over_h": share}
 
@@ -608,8 +611,9 @@ def read_report(path, args):
 
 def report(path, args, load=load_data):
     """The report of one file, a dict, and what it was made of: None if it was read as it is."""
-    if args.n < 3 or args.generate < 0:
-        raise ValueError(f"--n must be at least 3, --generate 0: got {args.n}, {args.generate}.")
+    if args.n < 3 or args.generate < 0 or not 2 <= args.n_bins <= 1000:
+        raise ValueError("--n must be at least 3, --generate 0, --n-bins 2 to 1,000: got "
+                         f"{args.n}, {args.generate} and {args.n_bins}.")
     kind = holds(path)
     if kind == "report":
         return read_report(path, args), None
@@ -618,9 +622,10 @@ def report(path, args, load=load_data):
     result = measure(s, args)
 
     # pictures show classes
-    _, s["factors"] = as_arrays(s["codes"], s["factors"], n_bins=20)
+    _, s["factors"] = as_arrays(s["codes"], s["factors"], args.n_bins)
     result["file"] = str(path)
     result["seed"] = args.seed
+    result["n_bins"] = args.n_bins
     result["scikit-learn"] = version("scikit-learn")       # whose trees are DCI's
 
     # plain numbers; NaN is no JSON
@@ -656,7 +661,7 @@ def table(columns):
 
 def format_report(r):
     """A report for people."""
-    model = MODELS.get(r["model"], r["model"])
+    model = MODELS[r["model"]]
     text = (f"{r['file']}: {model}, {len(r['latent_std'])} latents; {r['data']}\n"
             f"{r['codes']}, n = {r['n']:,}, seed {r['seed']}\n\n")
 
@@ -718,7 +723,7 @@ def format_tables(results):
     by_data, by_config = {}, {}
     for r in results:
         models = by_data.setdefault(r["data"], {})
-        models.setdefault(MODELS.get(r["model"], r["model"]), []).append(r)
+        models.setdefault(MODELS[r["model"]], []).append(r)
         key = str([r["data"], {**r["config"], "seed": None}])
         by_config.setdefault(key, []).append(r)
 

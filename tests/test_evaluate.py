@@ -266,6 +266,27 @@ def test_codes_of_somebody_elses_model(tmp_path, capsys):
     assert "codes, n = 2" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:factor")
+def test_as_many_bins_as_asked(tmp_path):
+    """--n-bins is n_bins of each metric that has bins: of latents, and of factors' numbers."""
+    rng = np.random.default_rng(0)
+    factors = rng.uniform(-1, 1, (400, 2))
+    codes = factors + rng.normal(0, 0.2, factors.shape)
+    np.savez(tmp_path / "codes.npz", codes=codes, factors=factors)
+    evaluate.main([str(tmp_path / "codes.npz"), "--n-bins", "5"])
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    scores = result["metrics"]
+    assert scores["mig"] == pytest.approx(evaluate.mig(codes, factors, n_bins=5))
+    assert scores["modularity"] == pytest.approx(evaluate.modularity(codes, factors, n_bins=5))
+    rows = np.random.default_rng(0).permutation(400)           # the report's order
+    dci = evaluate.dci(codes[rows], factors[rows], n_bins=5)
+    assert scores["disentanglement"] == pytest.approx(dci["disentanglement"])
+    assert scores["informativeness"] == pytest.approx(dci["informativeness"])
+    assert scores["mcc"] == pytest.approx(evaluate.mcc(codes, factors))
+    gaps = [row["gap"] for row in result["per_factor"].values()]
+    assert np.mean(gaps) == pytest.approx(scores["mig"]) and result["n_bins"] == 5
+
+
 @pytest.mark.parametrize("arrays", [
     dict(codes=np.zeros((5, 2))), dict(codes=np.zeros((5, 2)), factors=np.zeros((4, 2), int)),
     dict(codes=np.full((5, 2), np.nan), factors=np.zeros((5, 2), int)),
@@ -301,7 +322,8 @@ def test_bad_file_is_one_clear_line(tmp_path, content):
 @pytest.mark.parametrize("flag, value, message", [
     ("--n", "abc", "invalid int value: 'abc'"), ("--n", "2", "--n must be at least 3"),
     ("--generate", "some", "invalid int value: 'some'"),
-    ("--generate", "-1", "--generate 0: got 15000, -1"),
+    ("--generate", "-1", "--generate 0, --n-bins 2 to 1,000: got 15000, -1 and 20"),
+    ("--n-bins", "1", "got 15000, 0 and 1."), ("--n-bins", "2000000000", "got 15000, 0 and"),
 ])
 def test_bad_number_is_one_clear_line(runs, capsys, flag, value, message):
     with pytest.raises(SystemExit) as error:
@@ -364,8 +386,11 @@ def test_generation_when_z_is_ignored(tmp_path):
     model = Renderer(data, [0, 1, 2, 3])
     model.decode = lambda z: model.x[:1].expand(len(z), -1, -1, -1)
     found = evaluate.generation(model, data, torch.arange(240), model.z.double().numpy(),
-                                Namespace(seed=0, generate=240))["accuracy"]
-    assert found["decoder, edited"]["mean"] < 0.35 and found["decoder"]["mean"] < 0.35
+                                Namespace(seed=0, generate=240))
+    accuracy = found["accuracy"]
+    assert accuracy["decoder, edited"]["mean"] < 0.35 and accuracy["decoder"]["mean"] < 0.35
+    error = (model.x - model.x[:1]).square().mean()
+    torch.testing.assert_close(found["pixels"]["decoder error"], error)
 
 
 @pytest.mark.parametrize("model", ["ivae", "idiff"])
@@ -394,7 +419,7 @@ def test_generate_flag(tmp_path, capsys, monkeypatch, small_classifier, model):
     assert path.with_name("metrics.json").read_text() == text
 
 
-def test_errors_of_images_and_of_denoising(tmp_path):
+def test_errors_of_denoising_and_variance_of_samples(tmp_path):
     """Little noise is removed well even by a network that knows nothing: the image is x_t."""
     data = bands(tmp_path / "bands.npz")
     torch.manual_seed(0)
@@ -403,8 +428,7 @@ def test_errors_of_images_and_of_denoising(tmp_path):
     x, noise = data.images(torch.arange(4)), lambda: torch.randn(4, 1, 16, 16)
     z = model.encode(x)[0]
     images, errors = evaluate.draw_images(model, z[None], x, noise)
-    torch.testing.assert_close(errors["decoder error"],
-                               (model.decode(z).clamp(-1, 1) - x).square().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(images["decoder"], model.decode(z).clamp(-1, 1))
     known = [errors[f"denoised at {ratio}"].mean() for ratio in (0.02, 0.05, 0.1, 0.2, 0.4)]
     assert known == sorted(known) and known[0] < 0.01 < known[-1]
     many = torch.stack([model.sample(z, noise()) for _ in range(30)])
