@@ -672,11 +672,10 @@ def open_study(args, out):
             storage = optuna.storages.RDBStorage(storage, heartbeat_interval=60,
                                                  failed_trial_callback=retry)
         else:
-            path = os.path.abspath(f"{out}/study.log")         # the lock is a link to it
-            lock = Path(f"{path}.lock")
-            if lock.is_symlink() and not lock.exists():        # to nowhere: nobody's
-                lock.unlink()
-            file = optuna.storages.journal.JournalFileBackend(path)
+            journal = optuna.storages.journal
+            path = f"{out}/study.log"
+            lock = journal.JournalFileOpenLock(path)           # a file, where a link may dangle
+            file = journal.JournalFileBackend(path, lock)
             storage = optuna.storages.JournalStorage(file)
         names = optuna.get_all_study_names(storage)
     except Exception as error:                             # of databases: many

@@ -6,7 +6,6 @@
 import json
 import logging
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -202,29 +201,15 @@ def test_a_full_disk_ends_a_search_and_its_trial_runs_again(argv, monkeypatch):
     assert again.value is not None and again.params == failed.params
 
 
-def test_a_lock_left_behind_in_a_relative_folder_does_not_hold_a_search(argv, tmp_path,
-                                                                        monkeypatch):
-    """The link names what a worker that was killed had for a path; a new one must resolve."""
-    def too_long(*_):
-        raise AssertionError("it waits for good")
-    symlink, targets = os.symlink, []
-
-    def recorded(target, link):
-        targets.append(target)
-        symlink(target, link)
+def test_a_search_locks_its_study_without_links(argv, tmp_path, monkeypatch):
+    """Some systems know none; and one to a path that is gone would hold a search for good."""
+    def refused(*_):
+        raise OSError("no links here")
     monkeypatch.chdir(tmp_path)
-    os.mkdir("S")
-    open("S/study.log", "w").close()
-    os.symlink("S/study.log", "S/study.log.lock")
-    monkeypatch.setattr(os, "symlink", recorded)
-    before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(60)
-    try:
-        train.main([*argv, "--search", "grid", "--trials", "1", "--out", "S"])
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    assert targets and all(map(os.path.isabs, targets))
+    monkeypatch.setattr(os, "symlink", refused)
+    train.main([*argv, "--search", "grid", "--trials", "1", "--out", "S"])
+    assert "S/trial-000/ckpt.pt" in open("S/trials.md").read()
+    assert not os.path.exists("S/study.log.lock")
     assert logging.getLogger("optuna.storages").isEnabledFor(logging.WARNING)  # of a long wait
 
 
