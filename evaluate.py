@@ -54,7 +54,7 @@ def build_parser():
     add = parser.add_argument
     add("paths", nargs="+", type=Path, help="ckpt.pt, metrics.json or codes.npz")
     add("--out", type=Path, help="folder of the report, or of many paths' tables; None: theirs")
-    add("--n", type=int, default=N_DCI, help="images to encode; all but DCI take 10,000")
+    add("--n", type=int, default=N_DCI, help="images to encode; up to 15,000, DCI alone takes all")
     add("--generate", type=int, default=0, metavar="N", help="images to generate and to judge")
     add("--n-bins", type=int, default=20, help="of latents, and of factors that are numbers")
     add("--no-dci", action="store_true", help="skip DCI, which takes most of the time")
@@ -101,9 +101,9 @@ def drawing(path):
 # ---- Metrics ----
 
 def equal_bins(values, n_bins):
-    """The bin of each value, of equal widths between their minimum and maximum, as the library."""
-    edges = np.linspace(values.min(), values.max(), n_bins + 1)        # an outlier squeezes them
-    return np.digitize(values, edges[:-1]) - 1  # the last bin is closed
+    """The bin of each value, of equal widths between their minimum and maximum, an outlier too."""
+    left_edges = np.linspace(values.min(), values.max(), n_bins, endpoint=False)
+    return np.digitize(values, left_edges) - 1   # the last bin is closed
 
 
 def as_arrays(codes, factors, n_bins=None):
@@ -225,7 +225,7 @@ def modularity_of_information(mi):
     if n_factors < 2:
         return mean_of([], "modularity", "two varying factors")
     most = mi.max(axis=1)
-    share = mi / np.where(most > 0, most, 1)[:, None]
+    share = mi / most.clip(1e-12)[:, None]
     others = np.square(share).sum(axis=1) - 1
     scores = np.where(most > 0, 1 - others / (n_factors - 1), 0)
     return float(scores.mean())
@@ -238,10 +238,12 @@ def modularity(codes, factors, n_bins=20):
     return modularity_of_information(mi[:, varying(factors)])
 
 
-def order_of_rows(importance):
+def order_of_rows(importance, metric, wanted):
     """1 less the entropy of each row, by its length, weighed by the row's share of the whole."""
     from scipy import stats
-    p = importance + 1e-11                       # as the library does, for rows of zeros
+    if importance.shape[1] < 2 or not importance.size:
+        return mean_of([], metric, wanted)
+    p = importance + 1e-11                       # as disentanglement_lib, for rows of zeros
     order = 1 - stats.entropy(p, base=p.shape[1], axis=1)
     weight = importance.sum(axis=1) / (importance.sum() or 1)
     return float(weight @ order)
@@ -249,21 +251,17 @@ def order_of_rows(importance):
 
 def dci_of_importance(importance):
     """Disentanglement and completeness of an importance matrix (D, K), a dict; 0 for all zeros."""
-    d, k = importance.shape
-    scores = {}
-    if k < 2:
-        scores["disentanglement"] = mean_of([], "disentanglement", "two varying factors")
-    else:
-        scores["disentanglement"] = order_of_rows(importance)
-    if d < 2 or k < 1:
-        scores["completeness"] = mean_of([], "completeness", "two latents")
-    else:
-        scores["completeness"] = order_of_rows(importance.T)
-    return scores
+    disentanglement = order_of_rows(importance, "disentanglement", "two varying factors")
+    completeness = order_of_rows(importance.T, "completeness", "two latents")
+    return {"disentanglement": disentanglement, "completeness": completeness}
 
 
-def fit_trees(codes, factors, seed=0, label=None, n_bins=20):
-    """Importance (D, K) to boosted trees, and their test accuracy (K,), per varying factor."""
+def dci(codes, factors, seed=0, n_bins=20, label=None):
+    """Disentanglement, completeness and informativeness (mean test accuracy), a dict.
+
+    Boosted trees tell each varying factor from the codes: two thirds of the rows, drawn with seed,
+    train them, the others test them. label: of a progress bar.
+    """
     from joblib import Parallel, delayed
     from sklearn.ensemble import GradientBoostingClassifier
     codes, factors = as_arrays(codes, factors, n_bins)
@@ -286,12 +284,7 @@ def fit_trees(codes, factors, seed=0, label=None, n_bins=20):
     accuracies = np.zeros(len(jobs))
     for j, result in zip(slowest_first, progress(fits, label, total=len(jobs), disable=not label)):
         importance[:, j], accuracies[j] = result
-    return importance, accuracies
 
-
-def dci(codes, factors, seed=0, n_bins=20):
-    """Disentanglement, completeness and informativeness (mean test accuracy), a dict."""
-    importance, accuracies = fit_trees(codes, factors, seed, n_bins=n_bins)
     scores = dci_of_importance(importance)
     scores["informativeness"] = mean_of(accuracies, "informativeness")
     return scores
@@ -323,13 +316,13 @@ def encode(model, data, rows, seed):
     """Means of q(z|x) and one sample of each, of the images in rows: (N, D) twice."""
     parts = progress(rows.split(500), "encoding, 500 images each")
     means, logvars = zip(*(model.encode(data.images(part)) for part in parts))
-    mean = torch.cat(means).double().cpu()
-    std = (0.5 * torch.cat(logvars).double().cpu()).exp()
+    mean = torch.cat(means).cpu().double()       # some devices have no doubles
+    std = (0.5 * torch.cat(logvars).cpu().double()).exp()
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
     return mean.numpy(), (mean + std * noise).numpy()
 
 
-def of_checkpoint(path, args, load=load_data):
+def of_checkpoint(path, args, load):
     """What a report is made of, a dict: codes, samples and factors of random images; those of
     modulated draws and u's own code on them; what the checkpoint says of itself."""
     device = pick_device(args.device)
@@ -346,7 +339,8 @@ def of_checkpoint(path, args, load=load_data):
     n = min(args.n, len(data))
     generator = torch.Generator(device).manual_seed(args.seed)
     rows = torch.randperm(len(data), generator=generator, device=device)[:n]
-    drawn, u = data.draw(min(n, N_SCORES), generator, cfg.u, cfg.u_scale)
+    drawn_by = cfg.u if len(data.varied) else "own"
+    drawn, u = data.draw(min(n, N_SCORES), generator, drawn_by, cfg.u_scale)
     codes, samples = encode(model, data, torch.cat([rows, drawn]), args.seed)
     factors = data.factors(rows).cpu().numpy()
     factors_drawn = data.factors(drawn).cpu().numpy()
@@ -354,7 +348,7 @@ def of_checkpoint(path, args, load=load_data):
     # u as if it were a code: its centres, or else its scales, which come before;
     # not the data's own, for all rows are drawn alike with it
     draws = {}
-    if cfg.u != "own" and len(data.varied):
+    if drawn_by != "own":
         u = u[:, -len(data.varied):].cpu().numpy()
         draws = {"encoder_on_draws": (codes[n:], factors_drawn), "u_on_draws": (u, factors_drawn)}
 
@@ -427,7 +421,7 @@ def train_reader(data, seed, steps=600):
     # on images that it was not trained on
     test = rows[:n_test]
     right = read(data.images(test)) == data.factors(test)[:, data.varied]
-    return read, right.double().mean(dim=0)
+    return read, right.float().mean(dim=0)
 
 
 def laplacian(x):
@@ -514,8 +508,8 @@ def generation(model, data, rows, codes, args):
 
             seen = read(image).view(len(z), len(x), -1)        # (1 + K, B, K)
             edited = (seen == y_next[ids])[1:]
-            found[network].append((seen[0] == y[ids]).double())
-            found[f"{network}, edited"].append(edited.diagonal(dim1=0, dim2=2).double())
+            found[network].append((seen[0] == y[ids]).float())
+            found[f"{network}, edited"].append(edited.diagonal(dim1=0, dim2=2).float())
 
     # means over images: of factors a row each, of pixels one number
     names = [*(data.factor_names[k] for k in data.varied), "mean"]
@@ -534,14 +528,10 @@ def generation(model, data, rows, codes, args):
 # It is a dict: "metrics" and, for comparison, "noise_floor" and "..._on_draws", each with
 # the names of NAMES as keys; "per_factor"; what a checkpoint says of itself; "generation".
 
-def four(codes, factors, n_bins, importance=None):
-    """The paper's four metrics, a dict; disentanglement of DCI's matrix, NaN without one."""
-    disentanglement = np.nan
-    if importance is not None:
-        disentanglement = dci_of_importance(importance)["disentanglement"]
+def without_trees(codes, factors, n_bins):
+    """The paper's metrics but DCI's, a dict."""
     return {"mig": mig(codes, factors, n_bins),
             "mcc": mcc(codes, factors),
-            "disentanglement": disentanglement,
             "modularity": modularity(codes, factors, n_bins)}
 
 
@@ -553,17 +543,14 @@ def measure(s, args):
 
     # metrics that take more rows than the standard
     scores = dict.fromkeys(NAMES, np.nan)
-    importance = None
     if not args.no_dci:
-        importance, accuracies = fit_trees(codes[:N_DCI], factors[:N_DCI], args.seed, "DCI", n_bins)
-        scores.update(dci_of_importance(importance))
-        scores["informativeness"] = mean_of(accuracies, "informativeness")
+        scores.update(dci(codes[:N_DCI], factors[:N_DCI], args.seed, n_bins, "DCI"))
 
     # those that take the standard's, also of noise: the codes of other images
     noise = np.random.default_rng(args.seed).permutation(codes)
     if len(codes) <= N_DCI:
         codes, noise, factors = codes[:N_SCORES], noise[:N_SCORES], factors[:N_SCORES]
-    scores.update(four(codes, factors, n_bins, importance))
+    scores.update(without_trees(codes, factors, n_bins))
 
     # which latent knows which factor
     mi = mutual_information(codes, factors, n_bins)
@@ -579,8 +566,8 @@ def measure(s, args):
                             "rho": corr[best, j], "mcc_latent": matched.get(j)}
 
     return {**s["info"], "metrics": scores,
-            "noise_floor": four(noise, factors, n_bins),
-            **{name: four(*pair, n_bins) for name, pair in s["draws"].items()},
+            "noise_floor": without_trees(noise, factors, n_bins),
+            **{name: without_trees(*pair, n_bins) for name, pair in s["draws"].items()},
             "per_factor": per_factor, "n": len(codes),
             "n_active": (std >= 0.05 * std.max()).sum(), "latent_std": std, "mi_over_h": share}
 
@@ -621,8 +608,13 @@ def report(path, args, load=load_data):
     s = of_codes(path, args) if kind == "codes" else of_checkpoint(path, args, load)
     result = measure(s, args)
 
-    # pictures show classes
-    _, s["factors"] = as_arrays(s["codes"], s["factors"], args.n_bins)
+    # pictures show classes, in modulated draws the same ones
+    n = len(s["factors"])
+    drawn = [factors for _, factors in s["draws"].values()][:1]
+    every = np.vstack([s["factors"], *drawn])
+    _, every = as_arrays(every, every, args.n_bins)
+    s["factors"] = every[:n]
+    s["drawn"] = every[n:]
     result["file"] = str(path)
     result["seed"] = args.seed
     result["n_bins"] = args.n_bins
@@ -774,10 +766,10 @@ def draw_factors(r, s):
     figure, axes = panels(len(s["names"]))
     for j, ax in enumerate(axes):
         shown = {"grid": s["factors"][:, j]}
-        if s["draws"]:
-            _, factors = s["draws"]["u_on_draws"]
-            shown["modulated draws"] = factors[:, j]
-        edges = np.arange(shown["grid"].max() + 2) - 0.5
+        if len(s["drawn"]):
+            shown["modulated draws"] = s["drawn"][:, j]
+        last = max(column.max() for column in shown.values())
+        edges = np.arange(last + 2) - 0.5
         ax.hist(list(shown.values()), edges, density=True, label=list(shown))
         ax.set(xlabel=f"share of each {s['names'][j]}, by index", xticks=edges[1::2] - 0.5)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")

@@ -78,6 +78,26 @@ def test_metrics_are_those_of_the_means(tmp_path):
 
 
 
+def test_pictures_show_modulated_draws_in_the_classes_of_the_grid(tmp_path):
+    """Also those of a number, which go into bins, and of values that the report's rows lack."""
+    rng = np.random.default_rng(0)
+    factors = np.stack([np.arange(600) % 300, np.arange(600) // 30], axis=1)
+    np.savez(tmp_path / "mine.npz", images=rng.integers(0, 255, (600, 16, 16), np.uint8),
+             factors=factors)
+    path = write_checkpoint(tmp_path / "run", str(tmp_path / "mine.npz"), n_factors=2)
+    args = evaluate.build_parser().parse_args([str(path), "--no-dci", "--n", "500"])
+    _, s = evaluate.report(path, args)
+    assert s["factors"].max() == s["drawn"][:, 0].max() == 19
+    modulated = s["draws"]["u_on_draws"][1]
+    for j in range(2):
+        # classes rise with the values, and the same value is in the same class
+        order = np.argsort(modulated[:, j], kind="stable")
+        assert (np.diff(s["drawn"][order, j]) >= 0).all()
+        assert len(set(zip(modulated[:, j], s["drawn"][:, j]))) == len(set(modulated[:, j]))
+    axes = evaluate.draw_factors(None, s).axes
+    assert all(axis.get_xlim()[1] > 19 for axis in axes)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Five checkpoints: a VAE, an iVAE and three seeds of the whole model."""
