@@ -95,7 +95,7 @@ class Config:
     seed: int = option(0, "seed of weights, data and noise", below=2**62)
 
     # Read off the data: no flags, but for the size.
-    image_size: int = option(64, "side in pixels to resize a file's images to", least=16)
+    image_size: int = option(64, "side to resize a file's or folder's images to", least=16)
     image_channels: int = option(3, "", least=1)
     n_factors: int = option(6, "")
     n_u: int = option(0, "")
@@ -300,7 +300,7 @@ class Encoder(nn.Module):
 
         if self.cfg.latent == "gaussian":
             mean, logvar = h.chunk(2, dim=1)
-            return Gaussian(mean, 4 - F.softplus(4 - logvar))  # below 4, lest exp overflow
+            return Gaussian(mean, 4 - F.softplus(4 - logvar))  # below 4, by a gradient
 
         logits = h.unflatten(1, (self.cfg.latent_dim, -1))     # (B, D, L)
         return Categories(logits, self.temperature, hard=self.cfg.latent == "st")
@@ -549,8 +549,7 @@ class ScoreUNet(nn.Module):
 
         # the coarsest level
         w = widths[-1]
-        self.middle = nn.ModuleList([ResBlock(w, w, c_emb),
-                                     ResBlock(w, w, c_emb)])
+        self.middle = nn.ModuleList(ResBlock(w, w, c_emb) for _ in range(2))
         self.start = nn.Linear(c_emb, w * (cfg.image_size // 16)**2)   # a coarse picture of z
 
         self.norm = nn.GroupNorm(8, f)
@@ -731,7 +730,7 @@ def sample_heun(eps_fn, x, ts, sde, noise=None):
 
 @torch.no_grad()
 def sample_dpmpp(eps_fn, x, ts, sde, noise=None):
-    """Probability-flow ODE by DPM-Solver++(2M), order 2 on "logsnr" grids; S calls of eps_fn.
+    """Probability-flow ODE by DPM-Solver++(2M), order 2 on time_grid's times; S calls of eps_fn.
 
     Its first step is DDIM. noise is not used. Source: Lu et al. 2022 (2211.01095), Alg. 2.
     """
@@ -787,7 +786,7 @@ class IDiff(nn.Module):
         for it there is no such term. ddpm (Eq. 3 with lambda(t) = sigma^2) is the mean squared
         error of the noise estimate, where the U-Net predicts a residual times r^2 + s^2, see
         denoise; without a U-Net or without t there is no such term. Terms beyond the paper are
-        there if their weight is not 0: kl_reverse, KL(p || q); contrast.
+        there if their weight is not 0: kl_reverse, KL(p || q); contrast, in eval mode always.
         """
         cfg = self.cfg
         n_rec = len(x) if n_rec is None else n_rec
@@ -800,7 +799,7 @@ class IDiff(nn.Module):
         terms = {"kl": balanced_kl(q, p, cfg.kl_balance)}
         if cfg.kl_reverse:
             terms["kl_reverse"] = balanced_kl(p, q, 1 - cfg.kl_balance)
-        if cfg.contrast:
+        if cfg.contrast or not self.training:
             terms["contrast"] = contrast_loss(q.mean, self.prior(u))
 
         # the first ones are decoded
@@ -846,8 +845,8 @@ class IDiff(nn.Module):
         """
         alpha, ratio = self.alpha_ratio(t)
         if self.cfg.predict == "eps":
-            noise = self.unet(x_t, t, z, x_hat)
-            return x_t / alpha - ratio * noise
+            eps_hat = self.unet(x_t, t, z, x_hat)
+            return x_t / alpha - ratio * eps_hat
 
         # what the network sees; it is told of no more noise than it was trained on
         typical = self.cfg.typical
@@ -1014,7 +1013,8 @@ def check_memory(need, device):
 class Data:
     """Images on a device, by row, and the modulated draw of rows and u.
 
-    sizes: {factor's name: how many values, or these values, rising}; images: function rows (B,) ->
+    sizes: {factor's name: how many values, or these values, rising}; image_shape: (C, S, S);
+    images: function rows (B,) ->
     (B, C, S, S) in [-1, 1], S a multiple of 16; factors: (N, K) int64, the index of each image's
     values, or None for the full factor grid, row-major; u: (N, U), the data's own, or None; note:
     how they were read.
@@ -1122,9 +1122,9 @@ class Data:
 
 # ---- Data: files ----
 
-# What a file may hold, and under which keys.
-KEYS = {"images": ("images", "imgs"),
-        "factors": ("factors", "labels", "latents_classes"),
+# What a file may hold, and under which keys, the last one first.
+KEYS = {"images": ("imgs", "images"),
+        "factors": ("latents_classes", "labels", "factors"),
         "u": ("u",),
         "factor_names": ("factor_names",)}
 
@@ -1133,6 +1133,7 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
               image_size=None):
     """The Data of a name in DATA_SETS, or of a file, whose images are resized to image_size.
 
+    image_size None: a file's images to the next multiple of 16, a folder's pictures to 64.
     Files: the real 3dshapes.h5, the real dSprites .npz, or one's own .npz or .h5, see check_arrays;
     or a folder, see read_folder. progress wraps iterables, as tqdm. OSError, ValueError,
     MemoryError.
@@ -1146,11 +1147,11 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
     if os.path.isdir(name):
         arrays = read_folder(name, device, progress, image_size or 64)
     else:
-        arrays = read_file(name, device, progress)
+        arrays = read_file(name, device)
     return check_arrays(arrays, name, device, image_size)
 
 
-def read_file(path, device, progress):
+def read_file(path, device):
     """{name in KEYS: array as stored} of an .h5 or .npz file. ValueError, MemoryError."""
     try:
         if zipfile.is_zipfile(path):                           # the content decides, not the name
@@ -1164,7 +1165,7 @@ def read_file(path, device, progress):
         arrays = {}
         with file:
             check_memory(sum(sizes), device)                   # before anything large is read
-            for name, keys in progress(KEYS.items(), desc=f"reading {path}", leave=False):
+            for name, keys in KEYS.items():
                 for key in keys:
                     if key in file:
                         arrays[name] = np.asarray(file[key])

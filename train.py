@@ -5,6 +5,7 @@
     python train.py --paper --out runs/paper       # the paper's method at the same size
 """
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -118,16 +119,6 @@ def given(args):
     return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
 
 
-def check_flags(args):
-    """ValueError where flags contradict each other or Config cannot know them."""
-    if min(args.save_every, args.log_every) < 1:
-        raise ValueError("--save-every and --log-every must be at least 1.")
-
-    changing = (args.out, args.paper, args.size, args.freeze_ivae, given(args))
-    if args.resume and any(changing):
-        raise ValueError("--resume goes on with the run as it was, without flags that change it.")
-
-
 def make_config(args, data, ivae):
     """Config of the flags: size gives way to --paper, both to flags; all must fit a frozen ivae."""
     height, width = data.image_shape[1:]
@@ -175,7 +166,7 @@ def check_fit(cfg, info, data, args):
     shared = (cfg.batch_size, cfg.rec_images, cfg.ddpm_images)
     if any(n % WORLD for n in shared):
         raise ValueError(f"--batch-size, --rec-images and --ddpm-images: {WORLD} ranks share each "
-                         "evenly, got {}, {} and {}.".format(*shared))
+                         f"evenly, got {shared}.")
 
 
 def claim(folder):
@@ -302,7 +293,7 @@ def build(cfg, device, ivae=None):
     matrices, others = {}, []
     for name, p in model.named_parameters():
         draws = name.startswith(("decoder.", "unet."))
-        if draws and p.dim() > 1 and p.requires_grad and cfg.muon:
+        if draws and p.dim() > 1 and cfg.muon:
             matrices.setdefault(p.shape, []).append(p)
         else:
             others.append(p)
@@ -474,7 +465,7 @@ def train(cfg, data, out, args, parts, first_step):
                 bar.set_postfix(record, refresh=False)
 
             if saving and RANK == 0:
-                save_checkpoint(path, model, ema, config=asdict(cfg), step=done,
+                save_checkpoint(path, model, ema, step=done,
                                 log_size=os.path.getsize(f"{out}/log.jsonl"),
                                 optimizers=[each.state_dict() for each in optimizers])
             if stopping:
@@ -544,13 +535,13 @@ def draw_samples(path, model, data, n=10):
     save_grid(path, torch.cat(list(pictures.values())), list(pictures), [""] * n)
 
 
-def command(script):
+def command(name):
     """How to call a script: through the user's own file, if it stands here and started this run."""
     own = Path(sys.argv[0]).resolve()
     here = Path(__file__).resolve()
     if own != here and own.parent == here.parent and own.suffix == ".py":
-        return f"python {shlex.quote(own.name)} {script}"
-    return f"python {script}.py"
+        return f"python {shlex.quote(own.name)} {name}"
+    return f"python {name}.py"
 
 
 def finish(cfg, data, out, model):
@@ -582,15 +573,21 @@ def prepare(args):
     if args.resume:
         content = read_checkpoint(args.resume, device)
         before = content["info"]
-    check_flags(args)
+    changing = (args.out, args.paper, args.size, args.freeze_ivae, given(args))
+    if args.resume and any(changing):
+        raise ValueError("--resume goes on with the run as it was, without flags that change it.")
+    if min(args.save_every, args.log_every) < 1:
+        raise ValueError("--save-every and --log-every must be at least 1.")
     if args.freeze_ivae or before.get("frozen"):
         ivae = load_checkpoint(origin, device)
         before = ivae.info
+        if ivae.cfg.model == "vae":
+            raise ValueError(f"'{origin}' is a VAE: there is no p(z|u) to freeze.")
 
     # data
     data_arg = args.data or evaluate.find_data(before, origin or "")
-    size = getattr(args, "image_size", before.get("image_size"))
-    data = load_data(data_arg, device, partial(evaluate.progress, disable=RANK > 0), size)
+    side = getattr(args, "image_size", before.get("image_size"))
+    data = load_data(data_arg, device, partial(evaluate.progress, disable=RANK > 0), side)
 
     # config
     if content:
@@ -641,7 +638,7 @@ def run(args):
 
 def search_space(args):
     """{name: its values, or (low, high)}: the paper's Table 1 less what flags give, and --over."""
-    kinds = {f.name: f.type for f in fields(Config)}
+    kinds = {f.name: f.type for f in fields(Config) if f.metadata["help"]}
     usual = GRID if args.search == "grid" else SPACE
     space = {name: values for name, values in usual.items() if not hasattr(args, name)}
     for name, *values in args.over:
@@ -662,7 +659,7 @@ def open_study(args, out):
 
     # a study's name tells its flags; a folder holds the trials of one
     same = [(k, v) for k, v in sorted(vars(args).items()) if k not in WHERE]
-    name = f"{args.search} {str(same)[-400:]}"
+    name = f"{args.search} {hashlib.sha256(str(same).encode()).hexdigest()}"
     begun = any(Path(out).glob("trial-*"))
 
     storage = args.storage
@@ -696,6 +693,8 @@ def search(args):
 
     # what would fail in every trial fails before the first; of a range both ends are tried
     _, ivae, data, _, _ = prepare(args)
+    if args.objective == "mig" and not data.factor_names:
+        raise ValueError(f"MIG needs factors, which {data.name} lacks. Pass --objective contrast.")
     cells = list(product(*space.values()))
     for cell in cells:
         make_config(argparse.Namespace(**vars(args) | dict(zip(space, cell))), data, ivae)
@@ -738,9 +737,10 @@ def run_trial(trial, args, out, space):
     try:
         result = run(argparse.Namespace(**{**vars(args), **chosen, "out": folder}))
         if args.objective == "contrast":
-            return -result.get("contrast", 0)              # 0: u tells nothing
+            return -result["contrast"]
         argv = ["--no-dci", "--n", "10000", "--", f"{folder}/ckpt.pt"]
         flags = evaluate.build_parser().parse_args(argv)
+        flags.device = args.device
         report, parts = evaluate.report(flags.paths[0], flags)
         evaluate.write_report(report, parts, Path(folder))
         return report["metrics"]["mig"]
@@ -761,7 +761,7 @@ def write_trials(study, args, out, space):
         result = trial.value
         if result is None:
             result = trial.user_attrs.get("failed", trial.state.name.lower())
-        rows.append([trial.number, *(f"{trial.params.get(k)!s:.9}" for k in space), result])
+        rows.append([trial.number, *(f"{trial.params.get(k)}" for k in space), result])
     text = evaluate.table(zip(*rows))
 
     # what was best, beside the paper's Table 1
@@ -770,7 +770,7 @@ def write_trials(study, args, out, space):
         best = study.best_trial
         rows = [["hyperparameter", "search space", "best value", "the paper's best"]]
         for k, values in space.items():
-            rows.append([k, values, f"{best.params[k]!s:.9}", f"{PAPER.get(k)}"])
+            rows.append([k, values, f"{best.params[k]}", f"{PAPER.get(k)}"])
         text += f"\nBest: {out}/trial-{best.number:03d}/ckpt.pt\n\n{evaluate.table(zip(*rows))}"
 
         with evaluate.drawing(Path(f"{out}/search.png")) as path:

@@ -1006,6 +1006,16 @@ def test_content_of_a_file_decides_not_its_name(tmp_path):
     check_images(idiff.load_data(str(tmp_path / "a.h5")), images)
 
 
+def test_what_readme_names_goes_before_what_others_call_it(tmp_path):
+    """A file of both factors and labels, images and imgs."""
+    images, factors = numbered_images(8), np.arange(8)[:, None] // 2
+    np.savez(tmp_path / "a.npz", images=images, factors=factors, labels=np.arange(8) % 3,
+             imgs=images[:, ::-1])
+    data = idiff.load_data(str(tmp_path / "a.npz"))
+    check_images(data, images)
+    assert data.factor_sizes == (4,)
+
+
 def write_bad(kind, path):
     images, factors = numbered_images(8), np.arange(8)[:, None]
     good = dict(images=images, factors=factors)

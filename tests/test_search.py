@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import optuna
 import pytest
 
@@ -110,8 +111,47 @@ def test_a_stopped_trial_runs_again_whatever_it_was_doing(argv, monkeypatch):
     assert cells(study_of(argv)) == ALL
 
 
-@pytest.mark.parametrize("flags", ["--rec-images 4", "--over kl 1e-3", "--over contrast 0 1",
-                                   "--objective contrast"])
+def test_the_table_tells_whole_numbers(argv, tmp_path):
+    """Another run with the value in the table is the trial's own."""
+    value = "1.2345678901234e-05"
+    train.main([*argv, "--search", "grid", "--over", "kl", value, "--trials", "1"])
+    assert (tmp_path / "a study" / "trials.md").read_text().count(value) == 3  # trial, space, best
+
+
+def test_the_contrast_orders_runs_that_do_not_learn_by_it(argv):
+    train.main([*argv, "--search", "grid", "--trials", "1", "--objective", "contrast",
+                "--contrast", "0"])
+    assert study_of(argv).trials[0].value != 0
+
+
+def test_trials_are_evaluated_where_they_are_trained(argv, monkeypatch):
+    report, devices = train.evaluate.report, []
+
+    def recorded(path, args):
+        devices.append(args.device)
+        return report(path, args)
+    monkeypatch.setattr(train.evaluate, "report", recorded)
+    train.main([*argv, "--search", "grid", "--trials", "1"])
+    assert devices == ["cpu"]
+
+
+def test_a_search_by_mig_without_factors_is_refused_before_it_trains(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "mine.npz", images=rng.integers(0, 255, (20, 16, 16), np.uint8),
+             u=rng.normal(size=(20, 2)))
+    argv = [*TINY, "--data", str(tmp_path / "mine.npz"), "--out", str(tmp_path / "S"),
+            "--u", "own", "--search", "grid", "--over", "kl", "1e-4", "--over", "rec", "1"]
+    with pytest.raises(SystemExit, match="MIG needs factors.*--objective contrast"):
+        train.main(argv)
+    assert not (tmp_path / "S").exists()
+    train.main([*argv, "--objective", "contrast"])
+    assert "trial-000/ckpt.pt" in (tmp_path / "S" / "trials.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [
+    "--rec-images 4", "--over kl 1e-3", "--over contrast 0 1", "--objective contrast",
+    "--batch-size 4 --rec-images 4 --ddpm-images 4 --lr 1e-3 --muon 0 --schedule constant "
+    "--clip 2 --ema 0.9 --epochs 1 --precision float32 --prior full --prior-mean learned --seed 1"])
 def test_a_folder_holds_one_search(argv, capsys, flags):
     train.main([*argv, "--search", "grid", "--trials", "1"])
     with pytest.raises(SystemExit) as refused:
@@ -214,7 +254,7 @@ def test_a_search_locks_its_study_without_links(argv, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("--over no_such 1 2", "no_such"), ("--over kl", "kl"), ("--over kl many", "many"),
+    ("--over no_such 1 2", "no_such"), ("--over n_u 1 2", "n_u"), ("--over kl", "kl"), ("--over kl many", "many"),
     ("--resume ckpt.pt", "--resume")])
 def test_bad_searches_are_refused_in_one_line(argv, flags, named):
     with pytest.raises(SystemExit) as refused:

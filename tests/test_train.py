@@ -501,6 +501,15 @@ def test_what_contradicts_a_frozen_ivae_is_named(full_ivae, tiny_npz, tmp_path, 
     assert full_ivae in text and named in text and not out.exists()
 
 
+def test_a_vae_is_not_frozen(tiny_npz, tmp_path, capsys):
+    """Its prior says nothing of u."""
+    train.main([*TINY, "--data", tiny_npz, "--model", "vae", "--steps", "1", "--out",
+                str(tmp_path / "vae")])
+    path = str(tmp_path / "vae" / "ckpt.pt")
+    text = refusal([*UNET, "--data", tiny_npz, "--freeze-ivae", path], capsys)
+    assert path in text and "VAE" in text
+
+
 def test_a_missing_checkpoint_is_not_frozen_nor_a_resumed_run(full_ivae, tiny_npz, capsys):
     assert "no_such.pt" in refusal([*UNET, "--data", tiny_npz, "--freeze-ivae", "no_such.pt"],
                                    capsys)
