@@ -277,15 +277,14 @@ def dci(codes, factors, seed=0, n_bins=20, label=None):
         return trees.feature_importances_, accuracy
 
     # factors in parallel, those of many values first, for they take longest
-    slowest_first = np.argsort(-factors.max(axis=0))
-    jobs = [delayed(fit)(j) for j in slowest_first]
+    jobs = [delayed(fit)(j) for j in np.argsort(-factors.max(axis=0))]
     fits = Parallel(-1, return_as="generator", prefer="threads")(jobs)
     importance = np.zeros((codes.shape[1], len(jobs)))
     accuracies = np.zeros(len(jobs))
-    for j, result in zip(slowest_first, progress(fits, label, total=len(jobs), disable=not label)):
+    for j, result in enumerate(progress(fits, label, total=len(jobs), disable=not label)):
         importance[:, j], accuracies[j] = result
 
-    scores = dci_of_importance(importance)
+    scores = dci_of_importance(importance)       # in whatever order factors come
     scores["informativeness"] = mean_of(accuracies, "informativeness")
     return scores
 
