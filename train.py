@@ -777,8 +777,9 @@ def write_trials(study, args, out, space):
             figure, axes = evaluate.panels(len(space), (6, 2.5))
             for axis, k in zip(axes, space):
                 axis.scatter([trial.params[k] for trial in done], [trial.value for trial in done])
-                axis.set(xlabel=k, ylabel=args.objective,
-                         xscale="log" if k == "kl" else "linear")
+                axis.set(xlabel=k, ylabel=args.objective)
+                if k == "kl":
+                    axis.set_xscale("log")
             figure.savefig(path, dpi=150)
     Path(f"{out}/trials.md").write_text(text, "utf-8", "replace")
     return text

@@ -118,6 +118,23 @@ def test_the_table_tells_whole_numbers(argv, tmp_path):
     assert (tmp_path / "a study" / "trials.md").read_text().count(value) == 3  # trial, space, best
 
 
+@pytest.mark.usefixtures("pictures")
+def test_the_picture_names_words_and_spreads_lambda_kl(argv, monkeypatch):
+    panels, figures = train.evaluate.panels, []
+
+    def recorded(*args):
+        figures.append(panels(*args))
+        return figures[-1]
+    monkeypatch.setattr(train.evaluate, "panels", recorded)
+    train.main([*argv, "--search", "grid", "--over", "kl", "1e-5", "--over", "rec", "1",
+                "--over", "u", "var", "mean+var", "--objective", "contrast"])
+    figure, axes = figures[-1]
+    by_name = {axis.get_xlabel(): axis for axis in axes}
+    names = {label.get_text() for label in by_name["u"].get_xticklabels()}
+    assert {"var", "mean+var"} <= names
+    assert by_name["kl"].get_xscale() == "log" and by_name["rec"].get_xscale() == "linear"
+
+
 def test_the_contrast_orders_runs_that_do_not_learn_by_it(argv):
     train.main([*argv, "--search", "grid", "--trials", "1", "--objective", "contrast",
                 "--contrast", "0"])
