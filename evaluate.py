@@ -576,7 +576,7 @@ def holds(path):
     content = path.read_bytes() if path.is_file() else b""
     if content[:1] == b"{":
         return "report"
-    return "codes" if b"codes.npy" in content else "checkpoint"
+    return "codes" if b".npy" in content[:99] else "checkpoint"
 
 
 def read_report(path, args):
@@ -791,10 +791,14 @@ def run(args):
     """Report on one path, or tables over many."""
     load = lru_cache(load_data)                  # one load for many checkpoints
     many = len(args.paths) > 1
+    measured = [path for path in args.paths if path.exists() and holds(path) != "report"]
+    if many and len({path.resolve().parent for path in measured}) < len(measured):
+        raise ValueError("two of the paths lie in one folder, which holds one report. Pass them "
+                         "one by one, each with --out, then their metrics.json.")
     results = []
     for path in args.paths:
         folder = path.parent if many else args.out or path.parent
-        if path.exists() and holds(path) != "report":
+        if path in measured:
             try_folder(folder)
         result, s = report(path, args, load)
         results.append(result)

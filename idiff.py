@@ -1185,7 +1185,8 @@ def read_folder(folder, device, progress, side):
     try:
         [path] = Path(folder).glob("*.csv")
         lines = path.read_text("utf-8-sig").splitlines()
-        cells = np.array([row for row in csv.reader(lines) if row])            # (1 + N, columns)
+        rows = csv.reader(lines, skipinitialspace=True)
+        cells = np.array([row for row in rows if row])         # (1 + N, columns)
         header = cells[0]
         [files] = cells[1:, header == "file"].T
         numbers = cells[1:, header != "file"].astype(float)

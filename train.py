@@ -549,7 +549,7 @@ def finish(cfg, data, out, model):
     result = validate(cfg, model, data)
     log(out, {"step": cfg.steps, "validation": result})
     print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
-          f"KL {result['kl']:.1f} nats), averaged weights, 4,096 modulated draws", flush=True)
+          f"KL {result['kl']:.1f} nats), averaged weights, 4,096 draws", flush=True)
     with evaluate.drawing(Path(f"{out}/losses.png")) as path:
         draw_losses(path, out)
     with evaluate.drawing(Path(f"{out}/samples.png")) as path:

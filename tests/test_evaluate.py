@@ -318,6 +318,21 @@ def test_codes_that_are_none_are_named(tmp_path, arrays):
     assert "\n" not in str(error.value)
 
 
+def test_two_files_of_one_folder_do_not_overwrite_each_others_reports(tmp_path):
+    factors = np.arange(40)[:, None] % 4
+    for name in ("a.npz", "b.npz"):
+        np.savez(tmp_path / name, codes=factors + 0.1, factors=factors)
+    with pytest.raises(SystemExit, match="one folder.*--out"):
+        evaluate.main([str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), "--no-dci"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+
+def test_arrays_by_other_names_are_told_which_are_wanted(tmp_path):
+    np.savez(tmp_path / "a.npz", z=np.zeros((5, 2)), y=np.zeros((5, 2)))
+    with pytest.raises(SystemExit, match="a.npz' needs the arrays codes and factors"):
+        evaluate.main([str(tmp_path / "a.npz")])
+
+
 def test_tables_never_mix_data_sets(runs, tmp_path, capsys):
     """A report of the same model on other data gets a table of its own."""
     evaluate.main([str(runs[2]), "--n", "60", "--no-dci"])

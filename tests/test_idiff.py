@@ -1215,12 +1215,13 @@ def write_folder(folder, lines, sides=((40, 30),) * 6, mode="RGB"):
     return str(folder)
 
 
-TABLE = ["shape,file,u:time,größe,u", "1,0.png,0.5,10,0", "0,1.png,1,9,0",
+TABLE = ["shape, file, u:time,größe,u", "1, 0.png,0.5, 10,0", "0,1.png,1,9,0",
          '"2",2.png,1.5,10,1e1', "1,3.png,2,9,-1", "0,5.png,2.5,100,0"]
 
 
 def test_folder_of_pictures_and_a_table(tmp_path):
-    """Any order of columns and rows, numbers in order, u and u:NAME apart, a bar while it reads."""
+    """Any order of columns and rows, numbers in order, u and u:NAME apart, a bar while it reads;
+    spaces behind commas are nothing."""
     seen = []
     path = write_folder(tmp_path / "pics", TABLE)
     data = idiff.load_data(path, progress=lambda rows, **kwargs: seen.append(kwargs) or rows)
