@@ -101,9 +101,10 @@ def drawing(path):
 # ---- Metrics ----
 
 def equal_bins(values, n_bins):
-    """The bin of each value, of equal widths between their minimum and maximum, an outlier too."""
+    """The bin of each value, of equal widths between their minimum and maximum."""
+    # an outlier squeezes all others; the last bin is closed
     left_edges = np.linspace(values.min(), values.max(), n_bins, endpoint=False)
-    return np.digitize(values, left_edges) - 1   # the last bin is closed
+    return np.digitize(values, left_edges) - 1
 
 
 def as_arrays(codes, factors, n_bins=None):
@@ -573,10 +574,13 @@ def measure(s, args):
 
 def holds(path):
     """Whether a path is a "report", "codes" or a "checkpoint", by its content, whole or damaged."""
-    content = path.read_bytes() if path.is_file() else b""
-    if content[:1] == b"{":
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(99)                # an archive begins with its first file's name
+    if start.startswith(b"{"):
         return "report"
-    return "codes" if b".npy" in content[:99] else "checkpoint"
+    return "codes" if b".npy" in start else "checkpoint"
 
 
 def read_report(path, args):
@@ -792,7 +796,7 @@ def run(args):
     load = lru_cache(load_data)                  # one load for many checkpoints
     many = len(args.paths) > 1
     measured = [path for path in args.paths if path.exists() and holds(path) != "report"]
-    if many and len({path.resolve().parent for path in measured}) < len(measured):
+    if len({path.resolve().parent for path in measured}) < len(measured):
         raise ValueError("two of the paths lie in one folder, which holds one report. Pass them "
                          "one by one, each with --out, then their metrics.json.")
     results = []

@@ -300,7 +300,7 @@ class Encoder(nn.Module):
 
         if self.cfg.latent == "gaussian":
             mean, logvar = h.chunk(2, dim=1)
-            return Gaussian(mean, 4 - F.softplus(4 - logvar))  # below 4, by a gradient
+            return Gaussian(mean, 4 - F.softplus(4 - logvar))  # softly below 4
 
         logits = h.unflatten(1, (self.cfg.latent_dim, -1))     # (B, D, L)
         return Categories(logits, self.temperature, hard=self.cfg.latent == "st")
@@ -1013,11 +1013,10 @@ def check_memory(need, device):
 class Data:
     """Images on a device, by row, and the modulated draw of rows and u.
 
-    sizes: {factor's name: how many values, or these values, rising}; image_shape: (C, S, S);
-    images: function rows (B,) ->
-    (B, C, S, S) in [-1, 1], S a multiple of 16; factors: (N, K) int64, the index of each image's
-    values, or None for the full factor grid, row-major; u: (N, U), the data's own, or None; note:
-    how they were read.
+    sizes: {factor's name: how many values, or these values, rising}; image_shape: (C, S, S), S a
+    multiple of 16; images: function rows (B,) -> (B, C, S, S) in [-1, 1]; factors: (N, K) int64,
+    the index of each image's values, or None for the full factor grid, row-major; u: (N, U), the
+    data's own, or None; note: how they were read.
     """
 
     def __init__(self, name, sizes, image_shape, images, device, factors=None, u=None,

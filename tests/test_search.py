@@ -272,8 +272,8 @@ def test_a_search_locks_its_study_without_links(argv, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("--over no_such 1 2", "no_such"), ("--over n_u 1 2", "n_u"), ("--over kl", "kl"), ("--over kl many", "many"),
-    ("--resume ckpt.pt", "--resume")])
+    ("--over no_such 1 2", "no_such"), ("--over n_u 1 2", "n_u"), ("--over kl", "kl"),
+    ("--over kl many", "many"), ("--resume ckpt.pt", "--resume")])
 def test_bad_searches_are_refused_in_one_line(argv, flags, named):
     with pytest.raises(SystemExit) as refused:
         train.main([*argv, "--search", "grid", *flags.split()])
