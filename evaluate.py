@@ -257,11 +257,11 @@ def dci_of_importance(importance):
     return {"disentanglement": disentanglement, "completeness": completeness}
 
 
-def dci(codes, factors, seed=0, n_bins=20, label=None):
+def dci(codes, factors, seed=0, n_bins=20):
     """Disentanglement, completeness and informativeness (mean test accuracy), a dict.
 
     Boosted trees tell each varying factor from the codes: two thirds of the rows, drawn with seed,
-    train them, the others test them. label: of a progress bar.
+    train them, the others test them.
     """
     from joblib import Parallel, delayed
     from sklearn.ensemble import GradientBoostingClassifier
@@ -282,7 +282,7 @@ def dci(codes, factors, seed=0, n_bins=20, label=None):
     fits = Parallel(-1, return_as="generator", prefer="threads")(jobs)
     importance = np.zeros((codes.shape[1], len(jobs)))
     accuracies = np.zeros(len(jobs))
-    for j, result in enumerate(progress(fits, label, total=len(jobs), disable=not label)):
+    for j, result in enumerate(progress(fits, "DCI", total=len(jobs))):
         importance[:, j], accuracies[j] = result
 
     scores = dci_of_importance(importance)       # in whatever order factors come
@@ -328,7 +328,8 @@ def of_checkpoint(path, args, load):
     device = pick_device(args.device)
     model = load_checkpoint(path, device)
     cfg = model.cfg
-    data = load(args.data or find_data(model.info, path), device, progress, cfg.image_size)
+    data = load(args.data or find_data(model.info, path), device, progress, cfg.image_size,
+                model.info.get("factor_sizes"))
     warn_of_other_data(data, model.info, path)
     if not data.factor_names or args.generate and not len(data.varied):
         raise ValueError(f"'{path}': MIG, MCC, DCI and modularity need factors, --generate those "
@@ -544,7 +545,7 @@ def measure(s, args):
     # metrics that take more rows than the standard
     scores = dict.fromkeys(NAMES, np.nan)
     if not args.no_dci:
-        scores.update(dci(codes[:N_DCI], factors[:N_DCI], args.seed, n_bins, "DCI"))
+        scores.update(dci(codes[:N_DCI], factors[:N_DCI], args.seed, n_bins))
 
     # those that take the standard's, also of noise: the codes of other images
     noise = np.random.default_rng(args.seed).permutation(codes)

@@ -143,7 +143,7 @@ class Config:
 
     @property
     def u_dim(self):
-        """How many entries u has, see pack_u."""
+        """How many entries u has, see Data.draw."""
         if self.u == "own":
             return self.n_u
         return self.n_factors if self.u == "var" else 2 * self.n_factors
@@ -372,17 +372,8 @@ class Decoder(nn.Module):
 
 # ---- The auxiliary variable u, and priors p(z|u) ----
 
-def pack_u(log_s, m, u_scale):
-    """u (B, U) of a draw: the factors' log-scales, then, if any, their centres.
-
-    log_s: (B, K) in [log u_scale, 0], in u scaled to [-1, 1]; m: (B, K) in [-1, 1], or None.
-    """
-    scales = 1 - 2 * log_s / math.log(u_scale)
-    return scales if m is None else torch.cat([scales, m], dim=1)
-
-
 def unpack_u(u, cfg):
-    """log_s and m, (B, K) each, which u (B, U) tells; m is 0 where u has no centres."""
+    """log_s and m, (B, K) each, which u (B, U) of Data.draw tells; m is 0 where it has none."""
     u = u.float()
     scales = u[:, :cfg.n_factors]
     log_s = 0.5 * (1 - scales) * math.log(cfg.u_scale)
@@ -1068,15 +1059,14 @@ class Data:
 
         Each draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, 0 or, with
         "mean+var", uniform in [-1, 1]. A value g of the grid has probability ∝ exp(-((g - m) / s)^2
-        / 2), in a grid with gaps among the values still left. u: see pack_u. With "own" all rows
-        are equally likely, and u is theirs.
+        / 2), in a grid with gaps among the values still left. u: the log-scales, scaled to
+        [-1, 1], then, if any, the centres. With "own" all rows are equally likely, and u is theirs.
         """
         if u == "own":
             rows = torch.randint(len(self), (n,), generator=generator, device=self.device)
             return rows, self.u[rows]
 
-        shape = (2, n, len(self.sizes))
-        a, b = torch.rand(shape, generator=generator, device=self.device)
+        a, b = torch.rand(2, n, len(self.sizes), generator=generator, device=self.device)
         log_s = a * math.log(u_scale)                                          # (n, K)
         m = 2 * b - 1 if u == "mean+var" else torch.zeros_like(b)
 
@@ -1087,8 +1077,10 @@ class Data:
         scores = -0.5 * distance.square() - exponential.log()
         rows = self._pick(scores, generator)
 
-        centres = m[:, self.varied] if u == "mean+var" else None
-        return rows, pack_u(log_s[:, self.varied], centres, u_scale)
+        # what u tells of the factors that vary
+        scales = 1 - 2 * log_s / math.log(u_scale)
+        told = [scales, m] if u == "mean+var" else [scales]
+        return rows, torch.cat([each[:, self.varied] for each in told], dim=1)
 
     def _pick(self, scores, generator):
         """Rows (n,): each factor in turn takes its highest score (n, K, V) among rows left.
@@ -1129,10 +1121,12 @@ KEYS = {"images": ("imgs", "images"),
 
 
 def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs: iterable,
-              image_size=None):
+              image_size=None, factor_sizes=None):
     """The Data of a name in DATA_SETS, or of a file, whose images are resized to image_size.
 
     image_size None: a file's images to the next multiple of 16, a folder's pictures to 64.
+    factor_sizes: numbers of values where a file lists no factors, but is their full grid, the last
+    changing fastest.
     Files: the real 3dshapes.h5, the real dSprites .npz, or one's own .npz or .h5, see check_arrays;
     or a folder, see read_folder. progress wraps iterables, as tqdm. OSError, ValueError,
     MemoryError.
@@ -1147,6 +1141,8 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
         arrays = read_folder(name, device, progress, image_size or 64)
     else:
         arrays = read_file(name, device)
+    if factor_sizes:
+        arrays.setdefault("factors", np.argwhere(np.ones(factor_sizes)))
     return check_arrays(arrays, name, device, image_size)
 
 

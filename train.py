@@ -30,8 +30,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import evaluate
+import interpolate
 from idiff import (DATA_SETS, VPSDE, Config, IDiff, in_one_line, load_checkpoint, load_data,
-                   pick_device, read_checkpoint, save_checkpoint, save_grid, script)
+                   pick_device, read_checkpoint, save_checkpoint, script)
 
 EPOCH = 480_000             # draws
 SIZES = {"small": {},
@@ -65,6 +66,8 @@ def build_parser():
     add = parser.add_argument_group("the run").add_argument
     add("--data", help=f"{', '.join(DATA_SETS)}, .h5 or .npz file, folder (default: shapes3d, or a "
         "frozen iVAE's)")
+    add("--factor-sizes", type=sizes, metavar="V,V,...",
+        help="numbers of values, where a file of a full grid lists no factors")
     add("--size", choices=SIZES, help="widths, batch, length (default: small)")
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
@@ -92,6 +95,14 @@ def build_parser():
     if RANK > 0:                                           # rank 0 tells what is wrong
         parser.error = lambda message: sys.exit(0)
     return parser
+
+
+def sizes(text):
+    """The numbers of values, at least 1, of a text as 4,3,2."""
+    numbers = tuple(map(int, text.split(",")))
+    if min(numbers) < 1:
+        raise ValueError
+    return numbers
 
 
 # ---- Ranks ----
@@ -141,6 +152,9 @@ def make_config(args, data, ivae):
     values.update(given(args))
     if getattr(args, "image_size", height) != height:
         raise ValueError(f"--image-size resizes files; {data.name} has images of {height} pixels.")
+    if args.factor_sizes not in (None, data.factor_sizes):
+        raise ValueError("--factor-sizes is for files without factors; those of "
+                         f"{data.name} have {data.factor_sizes} values.")
     values.update(image_size=height, image_channels=data.image_shape[0],
                   n_factors=len(data.varied), n_u=data.u.shape[1])
     cfg = Config(**values)
@@ -203,6 +217,7 @@ def provenance(args, data, data_arg):
             "data_arg": data_arg if data_arg in DATA_SETS else os.path.abspath(data_arg),
             "fingerprint": data.fingerprint,
             "image_size": data.image_shape[1],
+            "factor_sizes": args.factor_sizes,
             "size": args.size or "small",
             "method": "paper" if args.paper else "recipe",
             "frozen": args.freeze_ivae,
@@ -523,18 +538,6 @@ def draw_losses(path, out):
     figure.savefig(path, dpi=150)
 
 
-@torch.no_grad()
-def draw_samples(path, model, data, n=10):
-    """samples.png: images, redrawn by decoder and diffusion."""
-    rows = torch.arange(n, device=data.device) * 245489 % len(data)            # a mixture
-    x = data.images(rows)
-    z, _ = model.encode(x)
-    pictures = {"image": x, "decoder": model.decode(z)}
-    if model.unet is not None:
-        pictures["diffusion"] = model.sample(z, torch.randn_like(x))
-    save_grid(path, torch.cat(list(pictures.values())), list(pictures), [""] * n)
-
-
 def command(name):
     """How to call a script: through the user's own file, if it stands here and started this run."""
     own = Path(sys.argv[0]).resolve()
@@ -553,7 +556,7 @@ def finish(cfg, data, out, model):
     with evaluate.drawing(Path(f"{out}/losses.png")) as path:
         draw_losses(path, out)
     with evaluate.drawing(Path(f"{out}/samples.png")) as path:
-        draw_samples(path, model, data)
+        interpolate.draw_samples(path, model, data)
     path = shlex.quote(f"{out}/ckpt.pt")
     print(f"Next:\n  {command('evaluate')} {path}\n  {command('interpolate')} {path}")
     return result
@@ -587,7 +590,9 @@ def prepare(args):
     # data
     data_arg = args.data or evaluate.find_data(before, origin or "")
     side = getattr(args, "image_size", before.get("image_size"))
-    data = load_data(data_arg, device, partial(evaluate.progress, disable=RANK > 0), side)
+    args.factor_sizes = args.factor_sizes or before.get("factor_sizes")
+    data = load_data(data_arg, device, partial(evaluate.progress, disable=RANK > 0), side,
+                     args.factor_sizes)
 
     # config
     if content:

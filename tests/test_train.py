@@ -104,7 +104,7 @@ def test_a_picture_that_cannot_be_drawn_is_named_and_the_run_ends_well(
         tiny_npz, tmp_path, capsys, monkeypatch):
     def fails(*_):
         raise TypeError("no such shape")
-    monkeypatch.setattr(train, "save_grid", fails)
+    monkeypatch.setattr(interpolate, "draw_samples", fails)
     train.main([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(tmp_path)])
     shown = capsys.readouterr()
     assert "samples.png is missing: no such shape" in shown.err
@@ -801,6 +801,42 @@ def test_own_u_trains_and_draws_without_factors(tmp_path, capsys):
     train.main(["--resume", str(out / "ckpt.pt"), "--device", "cpu"])
     train.main([*UNET, "--freeze-ivae", str(out / "ckpt.pt"), "--steps", "1",
                 "--out", str(tmp_path / "frozen")])
+
+
+def test_sizes_stand_for_the_factors_of_a_full_grid(tiny_npz, tmp_path):
+    """Its images alone train as with the factors listed, and all scripts know the sizes again."""
+    images = np.load(tiny_npz)["images"]
+    np.savez(tmp_path / "a.npz", images=images)
+    flags = [*TINY, "--steps", "2"]
+    sized = ["--data", str(tmp_path / "a.npz"), "--factor-sizes", "4,3,2"]
+    train.main([*flags, "--data", tiny_npz, "--out", str(tmp_path / "listed")])
+    train.main([*flags, *sized, "--out", str(tmp_path / "sized")])
+    listed, found = (steps_of(tmp_path / name)[0] for name in ("listed", "sized"))
+    assert {**listed, "seconds": 0} == {**found, "seconds": 0}
+
+    checkpoint = str(tmp_path / "sized" / "ckpt.pt")
+    train.main(["--resume", checkpoint, "--device", "cpu"])
+    evaluate.main([checkpoint, "--no-dci"])
+    interpolate.main([checkpoint, "--columns", "2", "--steps", "1"])
+    train.main([*UNET, "--freeze-ivae", checkpoint, "--steps", "1", "--out", str(tmp_path / "f")])
+    evaluate.main([str(tmp_path / "f" / "ckpt.pt"), "--no-dci"])
+    report = json.loads((tmp_path / "f" / "metrics.json").read_text())
+    assert list(report["per_factor"]) == ["factor 0", "factor 1", "factor 2"]
+
+
+@pytest.mark.parametrize("sizes, told", [
+    ("4,3", "(12, 2) int64; wanted is a row of finite numbers for each of 24 images"),
+    ("4,a", "invalid sizes value: '4,a'"), ("4,-3,-2", "invalid sizes value: '4,-3,-2'"),
+    ("", "invalid sizes value: ''"), ("4,3,2 --data dsprites", "is for files without factors"),
+    ("2,3,4 --data TINY", "is for files without factors")])
+def test_sizes_that_cannot_be_are_refused_in_one_line(tiny_npz, tmp_path, capsys, sizes, told):
+    np.savez(tmp_path / "a.npz", images=np.load(tiny_npz)["images"])
+    text, *data = sizes.replace("TINY", tiny_npz).split(" --data ")
+    with pytest.raises(SystemExit) as end:
+        train.main([*TINY, "--data", *(data or [str(tmp_path / "a.npz")]),
+                    f"--factor-sizes={text}", "--steps", "1", "--out", str(tmp_path / "run")])
+    assert told in f"{end.value.code}{capsys.readouterr().err}"
+    assert not (tmp_path / "run").exists()
 
 
 def test_own_u_beside_factors_is_the_default_and_can_be_left(tmp_path):
