@@ -145,7 +145,7 @@ def varying(factors):
     """Which factors take more than one value, (K,) bool; warns of each that does not."""
     varies = np.ptp(factors, axis=0) > 0
     for j in np.flatnonzero(~varies):
-        warnings.warn(f"factor {j} is constant: left out of every mean.", stacklevel=3)
+        warnings.warn(f"factor {j} is constant: left out of every mean.")
     return varies
 
 
@@ -154,7 +154,7 @@ def mean_of(values, metric, wanted="a varying factor"):
     values = np.asarray(values)
     values = values[~np.isnan(values)]
     if not len(values):
-        warnings.warn(f"{metric} is undefined: it needs {wanted}.", stacklevel=3)
+        warnings.warn(f"{metric} is undefined: it needs {wanted}.")
         return np.nan
     return float(values.mean())
 
@@ -177,14 +177,19 @@ def mutual_information(codes, factors, n_bins=20):
     return np.where(mi < 1e-12, 0, mi)           # rounding residue of a dead latent is no score
 
 
+def known_share(codes, factors, n_bins=20):
+    """I(z_i; y_j) / H(y_j), (D, K): the share of a factor that a latent knows; NaN of constants."""
+    codes, factors = as_arrays(codes, factors, n_bins)
+    h = np.where(varying(factors), entropies(factors), np.nan)
+    return mutual_information(codes, factors, n_bins) / h
+
+
 def mig_per_factor(codes, factors, n_bins=20):
     """(I_1 - I_2) / H of each factor's two best latents, (K,), Eq. 1; I_2 = 0 if there is one."""
-    codes, factors = as_arrays(codes, factors, n_bins)
-    mi = mutual_information(codes, factors, n_bins)
-    mi = np.insert(mi, 0, 0, axis=0)             # a latent that knows nothing
-    mi = np.sort(mi, axis=0)
-    h = np.where(varying(factors), entropies(factors), np.nan)
-    return (mi[-1] - mi[-2]) / h
+    share = known_share(codes, factors, n_bins)
+    share = np.insert(share, 0, 0, axis=0)       # a latent that knows nothing
+    *_, second, first = np.sort(share, axis=0)
+    return first - second
 
 
 def mig(codes, factors, n_bins=20):
@@ -228,7 +233,7 @@ def modularity_of_information(mi):
     most = mi.max(axis=1)
     share = mi / most.clip(1e-12)[:, None]
     others = np.square(share).sum(axis=1) - 1
-    scores = np.where(most > 0, 1 - others / (n_factors - 1), 0)
+    scores = (most > 0) * (1 - others / (n_factors - 1))
     return float(scores.mean())
 
 
@@ -366,7 +371,7 @@ def of_checkpoint(path, args, load):
 def of_codes(path, args):
     """The same of a file with the arrays codes (N, D) and factors (N, K)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             codes, factors = file["codes"], file["factors"]
             codes, _ = as_arrays(codes, factors)
     except Exception:                            # of zip, numpy, as_arrays: many
@@ -554,15 +559,13 @@ def measure(s, args):
     scores.update(without_trees(codes, factors, n_bins))
 
     # which latent knows which factor
-    mi = mutual_information(codes, factors, n_bins)
-    corr = correlation(codes, factors)
+    share = known_share(codes, factors, n_bins)
     gap = mig_per_factor(codes, factors, n_bins)
-    _, classes = as_arrays(codes, factors, n_bins)
-    share = mi / np.where(np.isnan(gap), np.nan, entropies(classes))
+    corr = correlation(codes, factors)
     matched = {j: i for i, j in zip(*match(corr))}
     per_factor = {}
     for j, name in enumerate(s["names"]):
-        best = mi[:, j].argmax()
+        best = share[:, j].argmax()
         per_factor[name] = {"latent": best, "mi_over_h": share[best, j], "gap": gap[j],
                             "rho": corr[best, j], "mcc_latent": matched.get(j)}
 
@@ -822,9 +825,11 @@ def run(args):
 
 
 def main(argv=None):
-    with script("evaluate.py", "--n"), warnings.catch_warnings():
-        warnings.simplefilter("once")
+    with script("evaluate.py", "--n"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
         run(build_parser().parse_args(argv))
+    for text in sorted({str(warning.message) for warning in caught}):
+        print(f"warning: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

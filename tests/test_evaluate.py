@@ -286,6 +286,21 @@ def test_codes_of_somebody_elses_model(tmp_path, capsys):
     assert "codes, n = 2" in capsys.readouterr().out
 
 
+def test_what_to_beware_of_is_told_once_and_in_plain_lines(tmp_path, capsys):
+    """Though many metrics meet it: numbers taken for classes, a constant factor, one left alone."""
+    rng = np.random.default_rng(0)
+    factors = np.stack([rng.uniform(size=90), np.ones(90)], axis=1)
+    np.savez(tmp_path / "codes.npz", codes=factors[:, :1], factors=factors)
+    evaluate.main([str(tmp_path / "codes.npz")])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warn" in line]
+    assert lines == sorted({
+        "warning: factor 0 is a number, not a class: put into 20 equal bins, but for MCC.",
+        "warning: factor 1 is constant: left out of every mean.",
+        "warning: completeness is undefined: it needs two latents.",
+        "warning: disentanglement is undefined: it needs two varying factors.",
+        "warning: modularity is undefined: it needs two varying factors."})
+
+
 @pytest.mark.filterwarnings("ignore:factor")
 def test_as_many_bins_as_asked(tmp_path):
     """--n-bins is n_bins of each metric that has bins: of latents, and of factors' numbers."""
@@ -376,11 +391,11 @@ def test_bad_number_is_one_clear_line(runs, capsys, flag, value, message):
     (np.arange(6.).reshape(3, 2), np.array([[0, 1], [1, 0], [1, 1]])),   # three rows
 ], ids=("dead", "one", "constant", "few", "collapsed", "rows"))
 def test_ill_codes_still_give_a_report(measured, capsys, codes, factors):
-    with warnings.catch_warnings(record=True) as caught:
-        result = measured(codes, factors)
-    missing = [m for m, value in result["metrics"].items() if value is None]
-    assert "discrete MIG" in capsys.readouterr().out
-    assert not missing or caught
+    result = measured(codes, factors)
+    shown = capsys.readouterr()
+    assert "discrete MIG" in shown.out
+    for name, value in result["metrics"].items():
+        assert value is not None or f"warning: {name} is undefined" in shown.err.lower()
 
 
 def test_wrong_data_is_one_clear_line(runs, tmp_path):
