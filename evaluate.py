@@ -772,7 +772,7 @@ def draw_factors(r, s):
     """Share of each value of each factor, over the grid and in modulated draws."""
     figure, axes = panels(len(s["names"]))
     for j, ax in enumerate(axes):
-        shown = {"grid": s["factors"][:, j]}
+        shown = {"rows as they are": s["factors"][:, j]}
         if len(s["drawn"]):
             shown["modulated draws"] = s["drawn"][:, j]
         last = max(column.max() for column in shown.values())

@@ -128,9 +128,9 @@ class Config:
 
         # a prior must have a u to read, and know how
         if self.u_dim == 0 and (self.model != "vae" or self.u != "own"):
-            raise ValueError(f"--u {self.u} needs what the data lack: {self.n_factors} factors of "
-                             f"2 to 1,000 values, their own u of {self.n_u} entries. Pass another "
-                             "--u; with neither, only --model vae can be trained, by --u own.")
+            raise ValueError(f"--u {self.u} finds nothing in data of {self.n_factors} factors of 2 "
+                             f"to 1,000 values and {self.n_u} columns of u. Pass a --u that does; "
+                             "where there is neither, train a VAE: --model vae --u own.")
         if self.u == "own" and self.prior in ("known", "diagonal"):
             raise ValueError(f"--prior {self.prior} cannot read --u own. Pass --prior full.")
 

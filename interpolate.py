@@ -305,13 +305,13 @@ def run(args):
     # what the latents are called
     rows, codes, names = survey(model, data, args.seed)
     names = choose(args.latents, names)
-    print(f"{', '.join(names.values())}; pictures go to {args.out}", flush=True)
 
     # edits of given images, or else the traversals
     kinds = [kind for kind in ("image", "swap", "between") if getattr(args, kind)]
     args.steps = args.steps or (50 if kinds else 20)
     if kinds and model.unet is not None and args.sampler in ("em", "pc"):
         raise ValueError(f"--sampler {args.sampler} adds noise and so cannot keep an image's own.")
+    print(f"{', '.join(names.values())}; pictures go to {args.out}", flush=True)
     for kind in kinds:
         edit(kind, model, data, codes, names, args)
     if not kinds:

@@ -521,7 +521,8 @@ def describe(cfg, data, model):
             f"{model.info['size']}, method {model.info['method']}{frozen}: {cfg.model}, prior "
             f"{prior}, u {cfg.u}; {data.name}; {millions:.2f} M parameters; {cfg.steps} steps of "
             f"{cfg.batch_size} images, {cfg.epochs:.2g} epochs\n"
-            f"{len(data):,} images {data.image_shape}; own u: {data.u.shape[1] or 'no'} columns; "
+            f"{len(data):,} images {data.image_shape}; own u: "
+            f"{data.u.any(dim=0).sum() or 'no'} varying columns; "
             f"factors: {', '.join(factors) or 'none'}\n{data.note}")
 
 

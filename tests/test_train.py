@@ -787,14 +787,14 @@ def write_own(path, **arrays):
 
 def test_own_u_trains_and_draws_without_factors(tmp_path, capsys):
     """28 x 28 grey as it is; u by default the file's; latents by what they tell of it."""
-    u = np.eye(4)[np.arange(40) % 4]
+    u = np.insert(np.eye(4)[np.arange(40) % 4], 2, 1, axis=1)          # one column is constant
     out, path = tmp_path / "run", write_own(tmp_path / "a.npz", u=u)
     train.main([*TINY, "--data", path, "--steps", "2", "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
-    assert "40 images (1, 32, 32); own u: 4 columns; factors: none" in lines[1]
+    assert "40 images (1, 32, 32); own u: 4 varying columns; factors: none" in lines[1]
     assert "28, 28" in lines[2] and "32 x 32" in lines[2]
     cfg = config_of(out)
-    assert (cfg["u"], cfg["n_u"], cfg["n_factors"], cfg["image_size"]) == ("own", 4, 0, 32)
+    assert (cfg["u"], cfg["n_u"], cfg["n_factors"], cfg["image_size"]) == ("own", 5, 0, 32)
     assert "contrast" in steps_of(out)[0]
     interpolate.main([str(out / "ckpt.pt"), "--columns", "2", "--steps", "1", "--device", "cpu"])
     assert {"z0", "z1", "z2"} == set(capsys.readouterr().out.split(";")[0].split(", "))
