@@ -803,7 +803,7 @@ def test_own_u_trains_and_draws_without_factors(tmp_path, capsys):
                 "--out", str(tmp_path / "frozen")])
 
 
-def test_sizes_stand_for_the_factors_of_a_full_grid(tiny_npz, tmp_path):
+def test_sizes_stand_for_the_factors_of_a_full_grid(tiny_npz, tmp_path, capsys):
     """Its images alone train as with the factors listed, and all scripts know the sizes again."""
     images = np.load(tiny_npz)["images"]
     np.savez(tmp_path / "a.npz", images=images)
@@ -822,6 +822,7 @@ def test_sizes_stand_for_the_factors_of_a_full_grid(tiny_npz, tmp_path):
     evaluate.main([str(tmp_path / "f" / "ckpt.pt"), "--no-dci"])
     report = json.loads((tmp_path / "f" / "metrics.json").read_text())
     assert list(report["per_factor"]) == ["factor 0", "factor 1", "factor 2"]
+    assert "trained on" not in capsys.readouterr().err         # the same data to all
 
 
 @pytest.mark.parametrize("sizes, told", [
