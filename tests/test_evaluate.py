@@ -287,10 +287,11 @@ def test_codes_of_somebody_elses_model(tmp_path, capsys):
 
 
 def test_what_to_beware_of_is_told_once_and_in_plain_lines(tmp_path, capsys):
-    """Though many metrics meet it: numbers taken for classes, a constant factor, one left alone."""
+    """Though many metrics meet it, and though Python's warnings are turned off."""
     rng = np.random.default_rng(0)
     factors = np.stack([rng.uniform(size=90), np.ones(90)], axis=1)
     np.savez(tmp_path / "codes.npz", codes=factors[:, :1], factors=factors)
+    warnings.simplefilter("ignore")                                    # pytest restores it
     evaluate.main([str(tmp_path / "codes.npz")])
     lines = [line for line in capsys.readouterr().err.splitlines() if "warn" in line]
     assert lines == sorted({
