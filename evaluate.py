@@ -169,12 +169,9 @@ def mutual_information(codes, factors, n_bins=20):
     """I(z_i; y_j) in nats, (D, K), each latent in equal bins between its minimum and maximum."""
     from sklearn.metrics import mutual_info_score
     codes, factors = as_arrays(codes, factors, n_bins)
-    mi = np.zeros((codes.shape[1], factors.shape[1]))
-    for i, z in enumerate(codes.T):
-        bins = equal_bins(z, n_bins)
-        for j, y in enumerate(factors.T):
-            mi[i, j] = mutual_info_score(bins, y)
-    return np.where(mi < 1e-12, 0, mi)           # rounding residue of a dead latent is no score
+    mi = np.array([[mutual_info_score(equal_bins(z, n_bins), y) for y in factors.T]
+                   for z in codes.T])
+    return mi * (mi > 1e-12)                     # rounding residue of a dead latent is no score
 
 
 def known_share(codes, factors, n_bins=20):
@@ -369,19 +366,23 @@ def of_checkpoint(path, args, load):
 
 
 def of_codes(path, args):
-    """The same of a file with the arrays codes (N, D) and factors (N, K)."""
+    """The same of a file with the arrays codes (N, D), factors (N, K) and maybe factor_names."""
     try:
         with np.load(path) as file:
             codes, factors = file["codes"], file["factors"]
             codes, _ = as_arrays(codes, factors)
+            names = [f"factor {j}" for j in range(factors.shape[1])]
+            names = np.array(file.get("factor_names", names), str).tolist()
+        if not len(set(names)) == len(names) == factors.shape[1]:
+            raise ValueError
     except Exception:                            # of zip, numpy, as_arrays: many
         raise ValueError(f"'{path}' needs the arrays codes and factors, (N, D) and (N, K) of "
-                         "finite numbers, N at least 2. Save it by np.savez.") from None
+                         "finite numbers, N at least 2, and if it has factor_names, K different "
+                         "ones. Save it by np.savez.") from None
     if args.generate or args.data:
         raise ValueError(f"'{path}' holds codes: --generate and --data need a checkpoint.")
 
     rows = np.random.default_rng(args.seed).permutation(len(codes))[:args.n]
-    names = [f"factor {j}" for j in range(factors.shape[1])]
     info = {"data": f"factors of {path.name} {fingerprint(factors)[:8]}", "model": "codes",
             "codes": "as they are", "config": {}}
     return {"codes": codes[rows], "samples": codes[rows], "factors": factors[rows],
@@ -589,10 +590,11 @@ def holds(path):
 
 def read_report(path, args):
     """A metrics.json as it is; ValueError if it is damaged or a flag asks for more."""
-    for name, default in vars(build_parser().parse_args(["-"])).items():
-        if name not in ("paths", "out") and getattr(args, name) != default:
-            raise ValueError(f"'{path}' is a report already: --{name.replace('_', '-')} needs the "
-                             "checkpoint.")
+    plain = build_parser().parse_args(["-"])
+    plain.paths, plain.out = args.paths, args.out
+    if args != plain:
+        raise ValueError(f"'{path}' is a report already: --n, --generate, --n-bins, --no-dci, "
+                         "--seed, --data and --device need the checkpoint.")
     try:
         result = json.loads(path.read_text("utf-8"))
         format_report(result)

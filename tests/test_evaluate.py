@@ -302,6 +302,16 @@ def test_what_to_beware_of_is_told_once_and_in_plain_lines(tmp_path, capsys):
         "warning: modularity is undefined: it needs two varying factors."})
 
 
+@pytest.mark.parametrize("kind", [str, "S"])
+def test_factors_of_codes_keep_their_names(tmp_path, capsys, kind):
+    factors = np.stack(np.unravel_index(np.arange(12), (3, 4)), axis=1)
+    names = np.array(["hue", "size"], kind)
+    np.savez(tmp_path / "codes.npz", codes=factors + 0.5, factors=factors, factor_names=names)
+    evaluate.main([str(tmp_path / "codes.npz"), "--no-dci"])
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(result["per_factor"]) == ["hue", "size"] and "| size " in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:factor")
 def test_as_many_bins_as_asked(tmp_path):
     """--n-bins is n_bins of each metric that has bins: of latents, and of factors' numbers."""
@@ -326,7 +336,9 @@ def test_as_many_bins_as_asked(tmp_path):
 @pytest.mark.parametrize("arrays", [
     dict(codes=np.zeros((5, 2))), dict(codes=np.zeros((5, 2)), factors=np.zeros((4, 2), int)),
     dict(codes=np.full((5, 2), np.nan), factors=np.zeros((5, 2), int)),
-    dict(codes=np.array([[None]] * 5), factors=np.zeros((5, 1), int))])
+    dict(codes=np.array([[None]] * 5), factors=np.zeros((5, 1), int)),
+    dict(codes=np.zeros((5, 2)), factors=np.zeros((5, 2), int), factor_names=["a", "a"]),
+    dict(codes=np.zeros((5, 2)), factors=np.zeros((5, 2), int), factor_names=["a", "b", "c"])])
 def test_codes_that_are_none_are_named(tmp_path, arrays):
     np.savez(tmp_path / "codes.npz", **arrays)
     with pytest.raises(SystemExit, match="codes.npz.*codes and factors") as error:
