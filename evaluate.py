@@ -4,10 +4,10 @@
     python evaluate.py runs/NAME/ckpt.pt                 # a report; many: the paper's tables
     python evaluate.py runs/NAME/ckpt.pt --generate 200  # and how good generated images are
 
-A path may also be a metrics.json, which is read as it is, or a codes.npz with codes (N, D) and
-factors (N, K) of somebody else's model. Metrics are functions of two such arrays; what is undefined
-is NaN, with a warning. Sources: Chen 2018 (MIG), Hyvarinen 2016 (MCC), Eastwood 2018 (DCI),
-Ridgeway 2018 (modularity).
+A path may also be a metrics.json, which is read as it is, or a codes.npz with codes (N, D),
+factors (N, K) and maybe factor_names of somebody else's model. Metrics are functions of codes and
+factors; what is undefined is NaN, with a warning. Sources: Chen 2018 (MIG), Hyvarinen 2016 (MCC),
+Eastwood 2018 (DCI), Ridgeway 2018 (modularity).
 """
 import argparse
 import json
@@ -49,17 +49,19 @@ PAPER = {                                                      # Tables 2 and 3:
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("paths", nargs="+", type=Path, help="ckpt.pt, metrics.json or codes.npz")
-    add("--out", type=Path, help="folder of the report, or of many paths' tables; None: theirs")
-    add("--n", type=int, default=N_DCI, help="images to encode; up to 15,000, DCI alone takes all")
-    add("--generate", type=int, default=0, metavar="N", help="images to generate and to judge")
-    add("--n-bins", type=int, default=20, help="of latents, and of factors that are numbers")
+    add("--out", type=Path, help="folder of the report, or of many paths' tables (default: theirs)")
+    add("--n", type=int, default=N_DCI,
+        help="images to encode; up to 15,000, DCI alone takes all (default: 15000)")
+    add("--generate", type=int, default=0, metavar="N",
+        help="images to generate and to judge (default: 0)")
+    add("--n-bins", type=int, default=20,
+        help="of latents, and of factors that are numbers (default: 20)")
     add("--no-dci", action="store_true", help="skip DCI, which takes most of the time")
-    add("--seed", type=int, default=0, help="seed of rows, samples and trees")
-    add("--data", help="name or path of the data, if not those the model was trained on")
+    add("--seed", type=int, default=0, help="of rows, samples and trees (default: 0)")
+    add("--data", help="name or path of the data (default: those the model was trained on)")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     return parser
 

@@ -12,7 +12,7 @@ diffusion U-Net, both conditioned on z, turn latents back into images. Read it d
     VPSDE, SAMPLERS, invert     the diffusion process of Song et al. 2021 and its solvers
     IDiff                       the model: the terms of Eq. 2 with Eq. 3; encode, decode, sample
     save_, load_checkpoint      three lines from a file to latents
-    Data, load_data             the modulated draw of x and u; files; replicas of two data sets
+    Data, load_data             the modulated draw of rows and u; files; replicas of two data sets
 
 Equations are those of Kühne & Zemann (2024); their Eq. 1, MIG, is in evaluate.py, and the weighted
 sum of Eq. 2 in train.py. Denoising and reconstruction losses are means over batch, channels and
@@ -1055,7 +1055,7 @@ class Data:
         return self.table[rows]
 
     def draw(self, n, generator, u="mean+var", u_scale=0.3):
-        """Rows (n,) of one modulated draw, and u (n, U).
+        """Rows (n,) of n modulated draws, and their u (n, U).
 
         Each draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, 0 or, with
         "mean+var", uniform in [-1, 1]. A value g of the grid has probability ∝ exp(-((g - m) / s)^2
@@ -1125,8 +1125,8 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
     """The Data of a name in DATA_SETS, or of a file, whose images are resized to image_size.
 
     image_size None: a file's images to the next multiple of 16, a folder's pictures to 64.
-    factor_sizes: numbers of values where a file lists no factors, but is their full grid, the last
-    changing fastest.
+    factor_sizes: numbers of values where an .npz or .h5 file lists no factors, but is their full
+    grid, the last changing fastest.
     Files: the real 3dshapes.h5, the real dSprites .npz, or one's own .npz or .h5, see check_arrays;
     or a folder, see read_folder. progress wraps iterables, as tqdm. OSError, ValueError,
     MemoryError.
@@ -1141,8 +1141,8 @@ def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs:
         arrays = read_folder(name, device, progress, image_size or 64)
     else:
         arrays = read_file(name, device)
-    if factor_sizes:
-        arrays.setdefault("factors", np.argwhere(np.ones(factor_sizes)))
+        if factor_sizes:
+            arrays.setdefault("factors", np.argwhere(np.ones(factor_sizes)))
     return check_arrays(arrays, name, device, image_size)
 
 
@@ -1300,8 +1300,8 @@ def check_table(arrays, name, n, path):
     fits = table.ndim == 2 and len(table) == n and table.dtype.kind in "buif"
     if not fits or not np.isfinite(table).all():
         raise ValueError(f"'{path}': {name} are {table.shape} {table.dtype}; wanted is a row of "
-                         f"finite numbers for each of {n} images. Of words: np.unique(words, "
-                         "return_inverse=True)[1].")
+                         f"finite numbers for each of {n} images, the product of --factor-sizes if "
+                         "given. Of words: np.unique(words, return_inverse=True)[1].")
     return table
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What each latent does: traversals, edits and interpolations, as labelled PNG grids and a GIF.
+"""What each latent does: traversals, edits, interpolations, samples: labelled PNG grids, a GIF.
 
     python interpolate.py runs/NAME/ckpt.pt
     python interpolate.py runs/NAME/ckpt.pt --swap 12 photo.png --latents scale "object hue"

@@ -67,21 +67,24 @@ def build_parser():
     add("--data", help=f"{', '.join(DATA_SETS)}, .h5 or .npz file, folder (default: shapes3d, or a "
         "frozen iVAE's)")
     add("--factor-sizes", type=sizes, metavar="V,V,...",
-        help="numbers of values, where a file of a full grid lists no factors")
+        help="numbers of values, where an .npz or .h5 file of a full grid lists no factors")
     add("--size", choices=SIZES, help="widths, batch, length (default: small)")
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     add("--out", help="folder of the run (default: a new one, runs/MODEL-sSEED or search-KIND)")
     add("--resume", metavar="CKPT", help="go on with the run of this checkpoint")
     add("--freeze-ivae", metavar="CKPT", help="train a U-Net on its frozen iVAE")
-    add("--save-every", type=int, default=500, metavar="N", help="steps per write of ckpt.pt (500)")
-    add("--log-every", type=int, default=20, metavar="N", help="steps per line of log.jsonl (20)")
+    add("--save-every", type=positive, default=500, metavar="N",
+        help="steps per write of ckpt.pt (default: 500)")
+    add("--log-every", type=positive, default=20, metavar="N",
+        help="steps per line of log.jsonl (default: 20)")
 
     add = parser.add_argument_group("a search; the same command joins or resumes it").add_argument
     add("--search", choices=("grid", "bayes"), help="over what of kl, rec and u no flag gives")
     add("--over", nargs="+", action="append", default=[], metavar="NAME VALUE",
         help="a flag and its values to search too, as in --over prior known full")
-    add("--trials", type=int, help="how many this process runs (default: 30; grid: every cell)")
+    add("--trials", type=positive,
+        help="how many this process runs (default: 30; grid: every cell)")
     add("--objective", choices=("mig", "contrast"), default="mig",
         help="contrast, on draws of a fixed seed, needs no labels (mig)")
     add("--storage", metavar="URL", help="a database in place of the file study.log in --out")
@@ -97,12 +100,17 @@ def build_parser():
     return parser
 
 
-def sizes(text):
-    """The numbers of values, at least 1, of a text as 4,3,2."""
-    numbers = tuple(map(int, text.split(",")))
-    if min(numbers) < 1:
+def positive(text):
+    """The whole number of a text; ValueError unless at least 1."""
+    number = int(text)
+    if number < 1:
         raise ValueError
-    return numbers
+    return number
+
+
+def sizes(text):
+    """The whole numbers, at least 1 each, of a text as 4,3,2."""
+    return tuple(map(positive, text.split(",")))
 
 
 # ---- Ranks ----
@@ -153,15 +161,16 @@ def make_config(args, data, ivae):
     if getattr(args, "image_size", height) != height:
         raise ValueError(f"--image-size resizes files; {data.name} has images of {height} pixels.")
     if args.factor_sizes not in (None, data.factor_sizes):
-        raise ValueError("--factor-sizes is for files without factors; those of "
-                         f"{data.name} have {data.factor_sizes} values.")
+        raise ValueError(f"--factor-sizes {args.factor_sizes} is for .npz and .h5 files without "
+                         f"factors; those of {data.name} have {data.factor_sizes or 'no'} values.")
     values.update(image_size=height, image_channels=data.image_shape[0],
                   n_factors=len(data.varied), n_u=data.u.shape[1])
     cfg = Config(**values)
 
     for name, value in fixed.items():
         if getattr(cfg, name) != value:
-            raise ValueError(f"--freeze-ivae {args.freeze_ivae} needs --{name} {value}.")
+            raise ValueError(f"--freeze-ivae {args.freeze_ivae} needs {name} {value}, got "
+                             f"{getattr(cfg, name)}.")
 
     # lengths and counts as they come out
     steps = cfg.steps or max(1, round(cfg.epochs * EPOCH / cfg.batch_size))
@@ -381,7 +390,10 @@ def draw_batch(cfg, data, step):
 
 
 def total_loss(cfg, terms, step):
-    """Eq. 2: L = L_DDPM + lambda_rec L_rec + lambda_KL L_KL, and what goes beyond the paper."""
+    """Eq. 2: L = L_DDPM + lambda_rec L_rec + lambda_KL L_KL, and what goes beyond the paper.
+
+    Returns the sum and the terms in it.
+    """
     # as long as no decoder learns, nothing would hold q(z|x) narrow
     kl = 0.0 if step < cfg.settle_steps else cfg.kl
     weights = {"ddpm": 1.0,
@@ -577,11 +589,9 @@ def prepare(args):
     if args.resume:
         content = read_checkpoint(args.resume, device)
         before = content["info"]
-    changing = (args.out, args.paper, args.size, args.freeze_ivae, given(args))
+    changing = (args.out, args.paper, args.size, args.freeze_ivae, args.factor_sizes, given(args))
     if args.resume and any(changing):
         raise ValueError("--resume goes on with the run as it was, without flags that change it.")
-    if min(args.save_every, args.log_every) < 1:
-        raise ValueError("--save-every and --log-every must be at least 1.")
     if args.freeze_ivae or before.get("frozen"):
         ivae = load_checkpoint(origin, device)
         before = ivae.info
@@ -685,15 +695,16 @@ def open_study(args, out):
         raise ValueError(f"'{args.storage or out}' holds no studies: {in_one_line(error)}")
     if begun and name not in names:
         raise ValueError(f"'{out}' holds a search by other flags. Pass another --out.")
-    return optuna.create_study(storage=storage, study_name=name, direction="maximize",
+    direction = "maximize" if args.objective == "mig" else "minimize"
+    return optuna.create_study(storage=storage, study_name=name, direction=direction,
                                load_if_exists=True)
 
 
 def search(args):
     """Trials until none is left; workers started alike, at once or later, share the study."""
     if not args.search or args.resume or WORLD > 1:
-        raise ValueError("--over, --trials and --storage need --search; and that goes without "
-                         "--resume and torchrun: its own command resumes it.")
+        raise ValueError("--over, --trials, --objective and --storage need --search; and that goes "
+                         "without --resume and torchrun: its own command resumes it.")
     import optuna
     space = search_space(args)
 
@@ -743,7 +754,7 @@ def run_trial(trial, args, out, space):
     try:
         result = run(argparse.Namespace(**{**vars(args), **chosen, "out": folder}))
         if args.objective == "contrast":
-            return -result["contrast"]
+            return result["contrast"]
         argv = ["--no-dci", "--n", "10000", "--", f"{folder}/ckpt.pt"]
         flags = evaluate.build_parser().parse_args(argv)
         flags.device = args.device
@@ -797,7 +808,7 @@ def main(argv=None):
         try:
             if WORLD > 1:
                 dist.init_process_group()                  # gloo on CPUs, nccl on GPUs
-            if args.search or args.over or args.trials or args.storage:
+            if any((args.search, args.over, args.trials, args.storage, args.objective != "mig")):
                 search(args)
             else:
                 run(args)

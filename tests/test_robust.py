@@ -130,6 +130,8 @@ def test_a_folder_of_pictures_is_trained_on_and_found_again(tmp_path, monkeypatc
     assert evaluate.find_data({"data_arg": "dsprites"}, "ckpt.pt") == "dsprites"
     assert load_data("dsprites").name == "dsprites replica"
     assert ".csv" in refusal(train.main, [*TINY, "--data", tmp_path, "--steps", "2"])
+    sized = [*TINY, "--data", pics, "--factor-sizes", "24", "--steps", "2"]
+    assert "(24,) is for .npz and .h5 files" in refusal(train.main, sized)
 
 # ---- damaged files ----
 

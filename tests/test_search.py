@@ -69,12 +69,13 @@ def test_grid_runs_each_cell_once_reports_it_and_is_then_done(argv, tmp_path, ca
 def test_bayes_stays_in_the_papers_ranges_and_the_contrast_is_the_runs_own(tiny_npz, tmp_path):
     train.main([*TINY, "--data", tiny_npz, "--out", str(tmp_path), "--search", "bayes", "--trials",
                 "3", "--objective", "contrast"])
-    trials = study_of(["--out", str(tmp_path)]).trials
-    assert len(trials) == 3
+    study = study_of(["--out", str(tmp_path)])
+    trials = study.trials
+    assert len(trials) == 3 and study.best_value == min(trial.value for trial in trials)
     for trial in trials:
         assert 1e-5 <= trial.params["kl"] <= 0.1 and 0.01 <= trial.params["rec"] <= 5
         log = (tmp_path / f"trial-{trial.number:03d}" / "log.jsonl").read_text().splitlines()
-        assert trial.value == -json.loads(log[-1])["validation"]["contrast"] != 0
+        assert trial.value == json.loads(log[-1])["validation"]["contrast"] != 0
 
 
 def test_a_killed_trial_of_a_database_is_marked_failed_and_its_cell_runs_again(argv, tmp_path):
@@ -226,10 +227,20 @@ def test_a_database_that_cannot_be_used_is_named(argv, url):
 
 @pytest.mark.parametrize("flags, named", [
     ("--data typo.npz", "typo.npz"), ("--freeze-ivae typo.pt", "typo.pt"),
-    ("--over prior full none", "none"), ("--over kl 1e-3 -1", "kl"), ("--save-every 0", "--save")])
-def test_what_fails_in_every_trial_fails_before_the_first(argv, tmp_path, flags, named):
-    with pytest.raises(SystemExit, match=named):
+    ("--over prior full none", "none"), ("--over kl 1e-3 -1", "kl"), ("--save-every 0", "--save"),
+    ("--log-every 0", "--log-every"), ("--trials 0", "--trials")])
+def test_what_fails_in_every_trial_fails_before_the_first(argv, tmp_path, capsys, flags, named):
+    with pytest.raises(SystemExit) as end:
         train.main([*argv, "--search", "grid", *flags.split()])
+    assert named in f"{end.value.code} {capsys.readouterr().err.splitlines()[-1:]}"
+    assert not (tmp_path / "a study").exists()
+
+
+@pytest.mark.parametrize("flags", ["--over kl 1 2", "--trials 2", "--objective contrast",
+                                   "--storage sqlite:///a.db"])
+def test_flags_of_a_search_are_refused_without_it(argv, tmp_path, flags):
+    with pytest.raises(SystemExit, match=f"{flags.split()[0]}.*need --search"):
+        train.main([*argv, *flags.split()])
     assert not (tmp_path / "a study").exists()
 
 

@@ -826,10 +826,10 @@ def test_sizes_stand_for_the_factors_of_a_full_grid(tiny_npz, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("sizes, told", [
-    ("4,3", "(12, 2) int64; wanted is a row of finite numbers for each of 24 images"),
+    ("4,3", "(12, 2) int64; wanted is a row of finite numbers for each of 24 images, the product"),
     ("4,a", "invalid sizes value: '4,a'"), ("4,-3,-2", "invalid sizes value: '4,-3,-2'"),
-    ("", "invalid sizes value: ''"), ("4,3,2 --data dsprites", "is for files without factors"),
-    ("2,3,4 --data TINY", "is for files without factors")])
+    ("", "invalid sizes value: ''"), ("4,3,2 --data dsprites", "is for .npz and .h5 files without factors"),
+    ("2,3,4 --data TINY", "is for .npz and .h5 files without factors")])
 def test_sizes_that_cannot_be_are_refused_in_one_line(tiny_npz, tmp_path, capsys, sizes, told):
     np.savez(tmp_path / "a.npz", images=np.load(tiny_npz)["images"])
     text, *data = sizes.replace("TINY", tiny_npz).split(" --data ")
