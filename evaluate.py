@@ -340,20 +340,21 @@ def of_checkpoint(path, args, load):
                          f"of 2 to 1,000 values, and {data.name} has none. Pass others by --data; "
                          "interpolate.py needs none.")
 
-    # random images of the grid, then as many modulated draws
+    # random images of the grid, then as many modulated draws; not by the data's own u, by which
+    # all rows are drawn alike
     n = min(args.n, len(data))
     generator = torch.Generator(device).manual_seed(args.seed)
     rows = torch.randperm(len(data), generator=generator, device=device)[:n]
     drawn_by = cfg.u if len(data.varied) else "own"
-    drawn, u = data.draw(min(n, N_SCORES), generator, drawn_by, cfg.u_scale)
+    n_drawn = 0 if drawn_by == "own" else min(n, N_SCORES)
+    drawn, u = data.draw(n_drawn, generator, drawn_by, cfg.u_scale)
     codes, samples = encode(model, data, torch.cat([rows, drawn]), args.seed)
     factors = data.factors(rows).cpu().numpy()
     factors_drawn = data.factors(drawn).cpu().numpy()
 
-    # u as if it were a code: its centres, or else its scales, which come before;
-    # not the data's own, for all rows are drawn alike with it
+    # u as if it were a code: its centres, or else its scales, which come before
     draws = {}
-    if drawn_by != "own":
+    if n_drawn:
         u = u[:, -len(data.varied):].cpu().numpy()
         draws = {"encoder_on_draws": (codes[n:], factors_drawn), "u_on_draws": (u, factors_drawn)}
 
