@@ -769,7 +769,7 @@ def draw_latents(r, s):
         colours = colormaps["hsv" if "hue" in name else "viridis"](np.arange(n_values) / n_values)
         bins = np.linspace(z.min(), z.max() + 1e-6, 61)
         ax.hist(by_value, bins, stacked=True, histtype="stepfilled", color=colours)
-        ax.set(yticks=[], xlabel=f"z{i} sampled; {name}: MI/H {share[i, j]:.2f}")
+        ax.set(yticks=[], xlabel=f"z{i}; {name}: MI/H {share[i, j]:.2f}")
     return figure
 
 
@@ -791,12 +791,13 @@ def draw_factors(r, s):
 def draw_information(r, s):
     """The matrix MI/H."""
     share = np.array(r["mi_over_h"], float)
-    figure, (ax,) = panels(1, (1.6 + 0.9 * len(s["names"]), 4.5))
+    names = s["names"]
+    figure, [ax] = panels(1, (1.6 + 0.9 * len(names), 4.5))
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")   # pale, for black digits
     for (i, j), value in np.ndenumerate(share):
         ax.text(j, i, f"{value:.2f}", ha="center", va="center")
-    ax.set_xticks(range(len(s["names"])), s["names"], rotation=30, ha="right")
-    ax.set(ylabel="latent", title="mutual information / entropy")
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    ax.set(yticks=range(len(share)), ylabel="latent", title="mutual information / entropy")
     return figure
 
 
@@ -822,7 +823,7 @@ def run(args):
 
     if many:
         text = format_tables(results)
-        print(text, flush=True)
+        print(text)
         parents = [path.resolve().parent for path in args.paths]
         folder = args.out or Path(os.path.commonpath(parents))
         try_folder(folder)

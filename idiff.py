@@ -64,7 +64,7 @@ class Config:
     prior: str = option("full", "p(z|u): read off u; a net per latent; one net of all u", PRIORS)
     prior_mean: str = option("auto", "means of a learned p(z|u); auto: zero under --u var",
                              ("auto", "learned", "zero"))
-    u: str = option("mean+var", "own: data's; var: try --u-scale .1 --contrast 1 --rec 1 --kl 1e-3",
+    u: str = option("mean+var", "own: the data's; var: try --contrast 1 --rec 1 --kl 1e-3",
                     ("var", "mean+var", "own"))
     u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
     kl: float = option(1e-5, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
@@ -128,9 +128,10 @@ class Config:
 
         # a prior must have a u to read, and know how
         if self.u_dim == 0 and (self.model != "vae" or self.u != "own"):
-            raise ValueError(f"--u {self.u} finds nothing in data of {self.n_factors} factors of 2 "
-                             f"to 1,000 values and {self.n_u} columns of u. Pass a --u that does; "
-                             "where there is neither, train a VAE: --model vae --u own.")
+            raise ValueError(f"--u {self.u} finds nothing: data have {self.n_factors} factors for "
+                             "modulated draws (of at most 1,000 values each) and "
+                             f"{self.n_u} columns of u. Pass a --u that finds some, or of a full "
+                             "grid --factor-sizes; without either train --model vae --u own.")
         if self.u == "own" and self.prior in ("known", "diagonal"):
             raise ValueError(f"--prior {self.prior} cannot read --u own. Pass --prior full.")
 

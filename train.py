@@ -706,10 +706,12 @@ def search(args):
         raise ValueError("--over, --trials, --objective and --storage need --search; and that goes "
                          "without --resume and torchrun: its own command resumes it.")
     import optuna
-    space = search_space(args)
 
     # what would fail in every trial fails before the first; of a range both ends are tried
     _, ivae, data, _, _ = prepare(args)
+    if data.u.numel() and not hasattr(args, "u"):
+        args.u = "own"
+    space = search_space(args)
     if args.objective == "mig" and not data.factor_names:
         raise ValueError(f"MIG needs factors, which {data.name} lacks. Pass --objective contrast.")
     cells = list(product(*space.values()))
@@ -808,7 +810,8 @@ def main(argv=None):
         try:
             if WORLD > 1:
                 dist.init_process_group()                  # gloo on CPUs, nccl on GPUs
-            if any((args.search, args.over, args.trials, args.storage, args.objective != "mig")):
+            if (args.search or args.over or args.trials or args.storage
+                    or args.objective != "mig"):
                 search(args)
             else:
                 run(args)

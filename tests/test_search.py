@@ -236,12 +236,14 @@ def test_what_fails_in_every_trial_fails_before_the_first(argv, tmp_path, capsys
     assert not (tmp_path / "a study").exists()
 
 
-@pytest.mark.parametrize("flags", ["--over kl 1 2", "--trials 2", "--objective contrast",
-                                   "--storage sqlite:///a.db"])
-def test_flags_of_a_search_are_refused_without_it(argv, tmp_path, flags):
-    with pytest.raises(SystemExit, match=f"{flags.split()[0]}.*need --search"):
-        train.main([*argv, *flags.split()])
-    assert not (tmp_path / "a study").exists()
+def test_data_with_a_u_of_their_own_are_searched_by_it(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (24, 16, 16), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", images=images, u=np.arange(24.0))
+    argv = ["--out", str(tmp_path / "a study")]
+    train.main([*TINY, *argv, "--data", str(tmp_path / "own.npz"), "--search", "bayes",
+                "--trials", "1", "--objective", "contrast"])
+    [trial] = study_of(argv).trials
+    assert set(trial.params) == {"kl", "rec"} and trial.value is not None
 
 
 def test_a_folder_that_takes_no_file_is_named_before_the_first_trial(argv, monkeypatch):
@@ -291,7 +293,8 @@ def test_bad_searches_are_refused_in_one_line(argv, flags, named):
     assert named in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("flags", ["--over kl 1 2", "--trials 3", "--storage sqlite:///a.db"])
+@pytest.mark.parametrize("flags", ["--over kl 1 2", "--trials 3", "--storage sqlite:///a.db",
+                                   "--objective contrast"])
 def test_flags_of_a_search_need_one(tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="need --search"):
