@@ -171,8 +171,8 @@ def mutual_information(codes, factors, n_bins=20):
     """I(z_i; y_j) in nats, (D, K), each latent in equal bins between its minimum and maximum."""
     from sklearn.metrics import mutual_info_score
     codes, factors = as_arrays(codes, factors, n_bins)
-    mi = np.array([[mutual_info_score(equal_bins(z, n_bins), y) for y in factors.T]
-                   for z in codes.T])
+    binned = [equal_bins(z, n_bins) for z in codes.T]
+    mi = np.array([[mutual_info_score(bins, y) for y in factors.T] for bins in binned])
     return mi * (mi > 1e-12)                     # rounding residue of a dead latent is no score
 
 
@@ -204,7 +204,7 @@ def correlation(codes, factors):
     with np.errstate(invalid="ignore"):          # a constant column: 0 / 0
         rho = np.corrcoef(ranks, rowvar=False)
     d = codes.shape[1]
-    return np.abs(np.nan_to_num(rho[:d, d:]))
+    return abs(np.nan_to_num(rho[:d, d:]))
 
 
 def match(corr):
@@ -365,7 +365,7 @@ def of_checkpoint(path, args, load):
     if args.generate:
         info["generation"] = generation(model, data, rows, codes[:n], args)
     return {"codes": codes[:n], "samples": samples[:n], "factors": factors,
-            "names": data.factor_names, "info": info, "draws": draws}
+            "names": data.factor_names, "info": info, "draws": draws, "drawn": factors_drawn}
 
 
 def of_codes(path, args):
@@ -389,7 +389,7 @@ def of_codes(path, args):
     info = {"data": f"factors of {path.name} {fingerprint(factors)[:8]}", "model": "codes",
             "codes": "as they are", "config": {}}
     return {"codes": codes[rows], "samples": codes[rows], "factors": factors[rows],
-            "names": names, "info": info, "draws": {}}
+            "names": names, "info": info, "draws": {}, "drawn": factors[:0]}
 
 
 # ---- Generated images ----
@@ -622,8 +622,7 @@ def report(path, args, load=load_data):
 
     # pictures show classes, in modulated draws the same ones
     n = len(s["factors"])
-    drawn = [factors for _, factors in s["draws"].values()][:1]
-    every = np.vstack([s["factors"], *drawn])
+    every = np.vstack([s["factors"], s["drawn"]])
     _, every = as_arrays(every, every, args.n_bins)
     s["factors"] = every[:n]
     s["drawn"] = every[n:]
@@ -655,7 +654,7 @@ def table(columns):
 
     padded = []
     for column in columns:
-        texts = [text(value) for value in column]
+        texts = list(map(text, column))
         width = max(map(len, texts))
         texts.insert(1, "-" * width)             # below the title
         padded.append([text.ljust(width) for text in texts])
@@ -774,7 +773,7 @@ def draw_latents(r, s):
 
 
 def draw_factors(r, s):
-    """Share of each value of each factor, over the grid and in modulated draws."""
+    """Share of each value of each factor, among the rows and in modulated draws."""
     figure, axes = panels(len(s["names"]))
     for j, ax in enumerate(axes):
         shown = {"rows as they are": s["factors"][:, j]}

@@ -652,11 +652,16 @@ def run(args):
 
 # ---- The search ----
 
-def search_space(args):
-    """{name: its values, or (low, high)}: the paper's Table 1 less what flags give, and --over."""
+def search_space(args, cfg):
+    """{name: its values, or (low, high)}: the paper's Table 1 less what flags give, and --over.
+
+    Nor is u searched where it is the data's own.
+    """
     kinds = {f.name: f.type for f in fields(Config) if f.metadata["help"]}
     usual = GRID if args.search == "grid" else SPACE
     space = {name: values for name, values in usual.items() if not hasattr(args, name)}
+    if cfg.u == "own":
+        space.pop("u", None)
     for name, *values in args.over:
         name = name.replace("-", "_")
         if name not in kinds or not values:
@@ -708,10 +713,8 @@ def search(args):
     import optuna
 
     # what would fail in every trial fails before the first; of a range both ends are tried
-    _, ivae, data, _, _ = prepare(args)
-    if data.u.numel() and not hasattr(args, "u"):
-        args.u = "own"
-    space = search_space(args)
+    _, ivae, data, cfg, _ = prepare(args)
+    space = search_space(args, cfg)
     if args.objective == "mig" and not data.factor_names:
         raise ValueError(f"MIG needs factors, which {data.name} lacks. Pass --objective contrast.")
     cells = list(product(*space.values()))

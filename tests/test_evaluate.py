@@ -114,6 +114,7 @@ def measured(monkeypatch, tmp_path):
         s = {"codes": codes, "samples": codes, "factors": factors,
              "names": [f"factor {j}" for j in range(factors.shape[1])],
              "draws": {"encoder_on_draws": (codes, factors), "u_on_draws": (codes, factors)},
+             "drawn": factors,
              "info": {"data": "grid", "model": "vae", "config": {}, "codes": "means"}}
         monkeypatch.setattr(evaluate, "of_checkpoint", lambda path, args, load: s)
         (tmp_path / "ckpt.pt").touch()
