@@ -299,7 +299,7 @@ def dci(codes, factors, seed=0, n_bins=20):
 def find_data(info, checkpoint):
     """Name or path of the data that a checkpoint's info tells of: where they were, or beside it."""
     # a run's folder may have moved, and the data with it
-    name = str(info.get("data_arg", f"that of {checkpoint}"))
+    name = str(info.get("data_arg", "unknown"))
     beside = str(Path(checkpoint).parent / Path(name).name)
     for place in (name, beside):
         if place in DATA_SETS or os.path.exists(place):

@@ -234,18 +234,6 @@ def draw_true_factors(file, data, row, columns):
     save_grid(file, grid.flatten(0, 1), labels, [""] * columns)
 
 
-@torch.no_grad()
-def draw_samples(file, model, data, n=10):
-    """A grid of some of the data's images, redrawn by decoder and diffusion."""
-    rows = torch.arange(n, device=data.device) * 245489 % len(data)            # a mixture
-    x = data.images(rows)
-    z, _ = model.encode(x)
-    pictures = {"image": x, "decoder": model.decode(z)}
-    if model.unet is not None:
-        pictures["diffusion"] = model.sample(z, torch.randn_like(x))
-    save_grid(file, torch.cat(list(pictures.values())), list(pictures), [""] * n)
-
-
 def edit(kind, model, data, codes, names, args):
     """Picture of --image, --swap or --between: A, a row per network of what becomes of it, B."""
     x, z, noise = read_images(getattr(args, kind), model, data, args.steps)

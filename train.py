@@ -30,9 +30,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import evaluate
-import interpolate
 from idiff import (DATA_SETS, VPSDE, Config, IDiff, in_one_line, load_checkpoint, load_data,
-                   pick_device, read_checkpoint, save_checkpoint, script)
+                   pick_device, read_checkpoint, save_checkpoint, save_grid, script)
 
 EPOCH = 480_000             # draws
 SIZES = {"small": {},
@@ -140,10 +139,6 @@ def given(args):
 
 def make_config(args, data, ivae):
     """Config of the flags: size gives way to --paper, both to flags; all must fit a frozen ivae."""
-    height, width = data.image_shape[1:]
-    if height != width:
-        raise ValueError(f"images must be square, got {height} x {width}. Crop or resize them.")
-
     # what a frozen iVAE leaves no choice of
     fixed = {}
     if ivae is not None:
@@ -158,13 +153,14 @@ def make_config(args, data, ivae):
         values["u"] = "own"
     values.update(fixed)
     values.update(given(args))
-    if getattr(args, "image_size", height) != height:
-        raise ValueError(f"--image-size resizes files; {data.name} has images of {height} pixels.")
+    channels, side, _ = data.image_shape
+    if getattr(args, "image_size", side) != side:
+        raise ValueError(f"--image-size resizes files; {data.name} has images of {side} pixels.")
     if args.factor_sizes not in (None, data.factor_sizes):
         raise ValueError(f"--factor-sizes {args.factor_sizes} is for .npz and .h5 files without "
                          f"factors; those of {data.name} have {data.factor_sizes or 'no'} values.")
-    values.update(image_size=height, image_channels=data.image_shape[0],
-                  n_factors=len(data.varied), n_u=data.u.shape[1])
+    values.update(image_size=side, image_channels=channels, n_factors=len(data.varied),
+                  n_u=data.u.shape[1])
     cfg = Config(**values)
 
     for name, value in fixed.items():
@@ -182,7 +178,7 @@ def make_config(args, data, ivae):
 
 def check_fit(cfg, info, data, args):
     """ValueError if a run cannot go on with these data, or ranks cannot share its batches."""
-    if info.get("fingerprint", data.fingerprint) != data.fingerprint:
+    if info["fingerprint"] != data.fingerprint:
         raise ValueError(f"'{args.resume}' was trained on other data than '{data.name}': on "
                          f"{info['data']}. Pass those by --data, or train anew.")
 
@@ -218,7 +214,7 @@ def make_folder(out, cfg):
     return folder
 
 
-def provenance(args, data, data_arg):
+def provenance(args, data, data_arg, factor_sizes):
     """What a checkpoint says of its origin."""
     commit = subprocess.run("git rev-parse --short HEAD", shell=True, errors="replace",
                             capture_output=True, cwd=Path(__file__).parent)
@@ -226,7 +222,7 @@ def provenance(args, data, data_arg):
             "data_arg": data_arg if data_arg in DATA_SETS else os.path.abspath(data_arg),
             "fingerprint": data.fingerprint,
             "image_size": data.image_shape[1],
-            "factor_sizes": args.factor_sizes,
+            "factor_sizes": factor_sizes,
             "size": args.size or "small",
             "method": "paper" if args.paper else "recipe",
             "frozen": args.freeze_ivae,
@@ -300,9 +296,7 @@ def build(cfg, device, ivae=None):
     # a frozen iVAE
     if ivae is not None:
         for name in ("encoder", "prior", "decoder"):
-            part = getattr(model, name)
-            part.load_state_dict(getattr(ivae, name).state_dict())
-            part.eval().requires_grad_(False)              # eval: BatchNorm keeps its means
+            setattr(model, name, getattr(ivae, name))      # in eval mode: BatchNorm is as it was
     model.to(device, memory_format=torch.channels_last)
     ema = deepcopy(model)
 
@@ -330,13 +324,6 @@ def build(cfg, device, ivae=None):
 
 def restore(content, model, ema, optimizers):
     """Put a checkpoint's content back; returns the step to go on from. Many errors, if it fails."""
-    for key in ("data_arg", "fingerprint", "size", "method", "frozen"):
-        if key not in content["info"]:
-            raise ValueError(f"its info lacks {key}")
-    if content["step"] not in range(ema.cfg.steps + 1):
-        raise ValueError(f"its step is {content['step']}, of {ema.cfg.steps}")
-
-    # weights, averaged weights and the optimisers' moments
     model.load_state_dict(content["model"])
     ema.load_state_dict(content["ema"])
     for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
@@ -551,11 +538,22 @@ def draw_losses(path, out):
     figure.savefig(path, dpi=150)
 
 
+@torch.no_grad()
+def draw_samples(path, model, data):
+    """samples.png: ten of the data's images, and as decoder and diffusion redraw them."""
+    rows = torch.arange(10, device=data.device) * 245489 % len(data)           # a mixture
+    x = data.images(rows)
+    z, _ = model.encode(x)
+    redrawn, _ = evaluate.draw_images(model, z[None], x, partial(torch.randn_like, x))
+    pictures = torch.cat([x, *redrawn.values()])
+    save_grid(path, pictures, ["image", *redrawn], [""] * 10)
+
+
 def command(name):
     """How to call a script: through the user's own file, if it stands here and started this run."""
     own = Path(sys.argv[0]).resolve()
     here = Path(__file__).resolve()
-    if own != here and own.parent == here.parent and own.suffix == ".py":
+    if own != here and own.parent == here.parent:
         return f"python {shlex.quote(own.name)} {name}"
     return f"python {name}.py"
 
@@ -569,7 +567,7 @@ def finish(cfg, data, out, model):
     with evaluate.drawing(Path(f"{out}/losses.png")) as path:
         draw_losses(path, out)
     with evaluate.drawing(Path(f"{out}/samples.png")) as path:
-        interpolate.draw_samples(path, model, data)
+        draw_samples(path, model, data)
     path = shlex.quote(f"{out}/ckpt.pt")
     print(f"Next:\n  {command('evaluate')} {path}\n  {command('interpolate')} {path}")
     return result
@@ -601,17 +599,17 @@ def prepare(args):
     # data
     data_arg = args.data or evaluate.find_data(before, origin or "")
     side = getattr(args, "image_size", before.get("image_size"))
-    args.factor_sizes = args.factor_sizes or before.get("factor_sizes")
+    factor_sizes = args.factor_sizes or before.get("factor_sizes")
     data = load_data(data_arg, device, partial(evaluate.progress, disable=RANK > 0), side,
-                     args.factor_sizes)
+                     factor_sizes)
 
     # config
+    info = provenance(args, data, data_arg, factor_sizes)
     if content:
         cfg = Config(**content["config"])
-        info = content["info"]
+        info.update(content["info"])
     else:
         cfg = make_config(args, data, ivae)
-        info = provenance(args, data, data_arg)
         evaluate.warn_of_other_data(data, before, origin)
     check_fit(cfg, info, data, args)
     return content, ivae, data, cfg, info
@@ -639,7 +637,7 @@ def run(args):
     if RANK == 0:                                          # no other writes
         if content:
             with open(f"{out}/log.jsonl", "a") as file:    # the steps since then are run again
-                file.truncate(max(0, min(file.tell(), log_size)))
+                file.truncate(min(file.tell(), log_size))
         else:
             out = make_folder(args.out, cfg)
             log(out, {"config": asdict(cfg)})
@@ -725,8 +723,7 @@ def search(args):
 
     # the study, shared with other workers
     study = open_study(args, out)
-    if args.storage:
-        optuna.storages.fail_stale_trials(study)
+    optuna.storages.fail_stale_trials(study)               # of a database
     grid = args.search == "grid"
     if grid:
         study.sampler = optuna.samplers.GridSampler(space, seed=0)
@@ -739,8 +736,7 @@ def search(args):
         waiting = study.get_trials(states=(optuna.trial.TrialState.WAITING,))
         if grid and not waiting and study.sampler.is_exhausted(study):
             break
-        study.optimize(lambda trial: run_trial(trial, args, out, space), 1,
-                       catch=(ValueError, MemoryError, RuntimeError))
+        study.optimize(lambda trial: run_trial(trial, args, out, space), 1)
         write_trials(study, args, out, space)
     print(write_trials(study, args, out, space))
     if all(trial.value is None for trial in study.trials):
@@ -768,7 +764,7 @@ def run_trial(trial, args, out, space):
         return report["metrics"]["mig"]
     except (ValueError, MemoryError, RuntimeError) as error:   # the trial's own
         trial.set_user_attr("failed", in_one_line(error))
-        raise
+        return math.nan                                    # to Optuna a failed trial
     except BaseException as error:                         # it runs again
         trial.study.enqueue_trial(trial.params)
         if isinstance(error, Exception):

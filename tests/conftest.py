@@ -32,9 +32,10 @@ def short_validation():
 def without_pictures():
     """None is written, for that takes most of the time of a small run's end or report."""
     import interpolate
+    import train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **named: None)
-        patch.setattr(interpolate, "draw_samples", lambda *args: None)
+        patch.setattr(train, "draw_samples", lambda *args: None)
         patch.setattr(interpolate, "write_gif", lambda *args: None)
         yield
 

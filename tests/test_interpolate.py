@@ -90,22 +90,6 @@ def test_a_picture_that_cannot_be_drawn_is_named_and_the_others_are(tiny_run, tm
         "traversal.gif", "traversal_decoder.png", "traversal_diffusion.png"}
 
 
-@pytest.mark.usefixtures("pictures")
-def test_samples_are_images_as_they_are_and_as_each_network_redraws_them(tiny_run, tiny_npz,
-                                                                         tmp_path, drawn):
-    model, data = load_checkpoint(str(tiny_run / "ckpt.pt")), load_data(tiny_npz)
-    interpolate.draw_samples(tmp_path / "samples.png", model, data, n=4)
-    images, rows, columns = drawn["samples.png"]
-    assert rows == ["image", "decoder", "diffusion"] and columns == [""] * 4
-    x, x_hat, redrawn = images
-    grid = data.images(torch.arange(24))
-    assert all((image == grid).flatten(1).all(dim=1).any() for image in x)
-    z, _ = model.encode(x)
-    torch.testing.assert_close(x_hat, model.decode(z))
-    assert not torch.equal(redrawn, x) and not torch.equal(redrawn, x_hat)
-    assert redrawn.abs().max() <= 1
-
-
 def test_a_folder_that_takes_no_file_is_named_before_the_work(tiny_run, monkeypatch):
     monkeypatch.setattr(interpolate, "survey", lambda *_: pytest.fail("work"))
     assert "/proc/self" in refusal([tiny_run / "ckpt.pt", "--out", "/proc/self"])

@@ -157,15 +157,15 @@ def test_codes_that_are_not_finite_are_told(run):
     assert "NaN" in refusal(evaluate.main, [path, "--no-dci"])
     assert "NaN" in refusal(interpolate.main, [path])
 
-@pytest.mark.parametrize("missing", ["data_arg", "size", "method", "frozen"])
-def test_what_a_run_was_started_with_is_needed_to_resume_it(run, tiny_npz, missing):
-    info = read_checkpoint(run / "ckpt.pt")["info"]
-    path = change(run, info={k: v for k, v in info.items() if k != missing})
-    text = refusal(train.main, ["--resume", path, "--device", "cpu", "--data", tiny_npz])
-    assert "ckpt.pt" in text and missing in text
+def test_a_checkpoint_that_does_not_say_how_it_was_started_goes_on(run, tiny_npz, capsys):
+    path = change(run, info={})
+    assert "--data" in refusal(train.main, ["--resume", path, "--device", "cpu"])
+    capsys.readouterr()
+    train.main(["--resume", str(path), "--device", "cpu", "--data", str(tiny_npz)])
+    assert "method recipe" in capsys.readouterr().out
 
 @pytest.mark.parametrize("entries", [
-    dict(step=99), dict(step=None), dict(step=torch.tensor([1.0, 1.0])), dict(optimizers=[])])
+    dict(step=None), dict(step=torch.tensor([1.0, 1.0])), dict(optimizers=[])])
 def test_training_state_that_does_not_fit_is_refused(run, entries):
     path = change(run, **entries)
     before = path.read_bytes()

@@ -104,11 +104,29 @@ def test_a_picture_that_cannot_be_drawn_is_named_and_the_run_ends_well(
         tiny_npz, tmp_path, capsys, monkeypatch):
     def fails(*_):
         raise TypeError("no such shape")
-    monkeypatch.setattr(interpolate, "draw_samples", fails)
+    monkeypatch.setattr(train, "draw_samples", fails)
     train.main([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(tmp_path)])
     shown = capsys.readouterr()
     assert "samples.png is missing: no such shape" in shown.err
     assert "Next:" in shown.out and (tmp_path / "losses.png").is_file()
+
+
+@pytest.mark.usefixtures("pictures")
+def test_samples_are_images_as_they_are_and_as_each_network_redraws_them(
+        tiny_run, tiny_npz, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "save_grid", lambda *args: drawn.extend(args))
+    model, data = load_checkpoint(str(tiny_run / "ckpt.pt")), load_data(tiny_npz)
+    train.draw_samples("samples.png", model, data)
+    _, images, rows, columns = drawn
+    assert rows == ["image", "decoder", "diffusion"] and columns == [""] * 10
+    x, x_hat, redrawn = images.unflatten(0, (3, 10))
+    grid = data.images(torch.arange(24))
+    assert all((image == grid).flatten(1).all(dim=1).any() for image in x)
+    z, _ = model.encode(x)
+    torch.testing.assert_close(x_hat, model.decode(z).clamp(-1, 1))
+    assert not torch.equal(redrawn, x) and not torch.equal(redrawn, x_hat)
+    assert redrawn.abs().max() <= 1
 
 
 def test_a_log_of_stderr_holds_plain_lines_that_tell_the_time_left(
