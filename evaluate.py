@@ -219,9 +219,8 @@ def mcc(codes, factors):
     corr = correlation(codes, factors)[:, varying(factors)]
     if not corr.size:
         return mean_of([], "MCC")
-    pairs = match(corr)
     # factors without a latent count as 0; iVAE's code divides by min(D, K) and forgets them
-    return float(corr[pairs].sum() / corr.shape[1])
+    return float(corr[match(corr)].sum() / corr.shape[1])
 
 
 def modularity_of_information(mi):
@@ -819,6 +818,7 @@ def run(args):
             print(format_report(result), flush=True)
         if s:                                    # pictures last: the numbers are out
             write_report(result, s, folder)
+            print(f"metrics.json and pictures are in {folder}")
 
     if many:
         text = format_tables(results)

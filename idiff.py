@@ -66,7 +66,8 @@ class Config:
                              ("auto", "learned", "zero"))
     u: str = option("mean+var", "own: the data's; var: try --contrast 1 --rec 1 --kl 1e-3",
                     ("var", "mean+var", "own"))
-    u_scale: float = option(0.3, "smallest scale s_k of a factor", least=1e-3, below=1)
+    u_scale: float = option(0.3, "smallest scale of a factor; for --paper --contrast 1 try 0.1",
+                            least=1e-3, below=1)
     kl: float = option(1e-5, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
     contrast: float = option(0.3, "weight of the contrast of z and u, with p(z|u) as the critic")
