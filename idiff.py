@@ -62,7 +62,7 @@ class Config:
                          ("gaussian", "gumbel", "st"))
     categories: int = option(16, "categories L of each categorical latent", least=2)
     prior: str = option("full", "p(z|u): read off u; a net per latent; one net of all u", PRIORS)
-    prior_mean: str = option("auto", "means of a learned p(z|u); auto: zero under --u var",
+    prior_mean: str = option("auto", "means of p(z|u); auto: zero under --u var, else learned",
                              ("auto", "learned", "zero"))
     u: str = option("mean+var", "own: the data's; var: try --contrast 1 --rec 1 --kl 1e-3",
                     ("var", "mean+var", "own"))
@@ -96,7 +96,7 @@ class Config:
     seed: int = option(0, "seed of weights, data and noise", below=2**62)
 
     # Read off the data: no flags, but for the size.
-    image_size: int = option(64, "side to resize a file's or folder's images to", least=16)
+    image_size: int = option(64, "side to resize pictures to; a file's keep theirs", least=16)
     image_channels: int = option(3, "", least=1)
     n_factors: int = option(6, "")
     n_u: int = option(0, "")
@@ -289,11 +289,11 @@ class Encoder(nn.Module):
             c_in = c_out
 
         # all that is left goes into each latent's numbers
-        n_out = max(2 * cfg.latent_dim, cfg.z_dim)             # mean and log-variance, or logits
+        n_out = cfg.latent_dim * numbers_per_latent(cfg)
         last = mlp(c_in * side**2, 256, n_out)
         self.net = nn.Sequential(*layers, nn.Flatten(), *last)
 
-        # narrow where a decoder comes late, lest it learn from noise
+        # start narrow if the decoder comes late (settle): at first it would see little but noise
         if cfg.latent == "gaussian" and cfg.settle_steps:
             nn.init.constant_(last[-1].bias[cfg.latent_dim:], self.LOGVAR_AT_START)
 
@@ -329,7 +329,7 @@ class Head(nn.Module):
         self.patch = patch
         c_full = 8 + c_extra                                   # channels at full resolution
         self.conv = nn.Conv2d(c_in, 8 * patch**2, 3, padding=1)
-        self.full = nn.Sequential(                             # so that edges need no patches
+        self.full = nn.Sequential(                             # blurs the borders of patches
             nn.Conv2d(c_full, 16, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(16, c_full, 3, padding=1))
@@ -506,9 +506,10 @@ class ResBlock(nn.Module):
 
 
 class ScoreUNet(nn.Module):
-    """A bare network: x_t (B, C, H, W), t (B,), z (B, D), x_hat like x_t -> float32 (B, n C, H, W).
+    """A bare network: x_t (B, C, H, W), t (B,), z (B, D), x_hat -> float32 (B, n C, H, W).
 
-    A U-Net on a space-to-depth stem, halved down to image_size / 16; z and t enter every block.
+    A U-Net on a space-to-depth stem, halved down to image_size / 16; z (of categories the one-hot
+    codes, (B, D L)) and t enter every block.
     What it is given and what its output means is up to IDiff.denoise: n is 1 for the noise, 2 for
     the residual and its gate, and then it sees the decoder's image x_hat, too (Pandey et al. 2022).
     """
@@ -775,11 +776,11 @@ class IDiff(nn.Module):
         with b <= B. The encoder sees all B images, the decoder the first n_rec (None: all), the
         U-Net the first b.
 
-        kl is the KL(q(z|x) || p(z|u)), rec the mean squared error of the decoder; without images
-        for it there is no such term. ddpm (Eq. 3 with lambda(t) = sigma^2) is the mean squared
-        error of the noise estimate, where the U-Net predicts a residual times r^2 + s^2, see
-        denoise; without a U-Net or without t there is no such term. Terms beyond the paper are
-        there if their weight is not 0: kl_reverse, KL(p || q); contrast, in eval mode always.
+        kl: KL(q(z|x) || p(z|u)). rec: the decoder's mean squared error, absent without images for
+        it. ddpm: Eq. 3 with lambda(t) = sigma^2, the mean squared error of the noise estimate; with
+        --predict residual that error times r^2 + s^2, see denoise; absent without a U-Net or t.
+        Beyond the paper, if their weight is not 0: kl_reverse, KL(p || q); contrast, in eval mode
+        always.
         """
         cfg = self.cfg
         n_rec = len(x) if n_rec is None else n_rec
@@ -810,7 +811,7 @@ class IDiff(nn.Module):
             x_t = self.sde.add_noise(x, eps, t)
             x_0 = self.denoise(x_t, t, z[:n_ddpm], x_hat[:n_ddpm].detach())
             _, ratio = self.alpha_ratio(t)
-            error = (x_0 - x) / ratio                          # of x_0 to that of eps
+            error = (x_0 - x) / ratio                          # that of eps_hat
             if cfg.predict == "residual":
                 error = error * self.scale(ratio)
             terms["ddpm"] = error.square().mean()
@@ -926,8 +927,8 @@ def save_checkpoint(path, model, ema, **state):
 
 def check_content(content):
     """ValueError, or what torch raises, unless a checkpoint's content is whole and safe to use."""
-    if content["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(f"its format is {content['format']}, not {CHECKPOINT_FORMAT}")
+    if content.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"its format is {content.get('format')}, not {CHECKPOINT_FORMAT}")
     json.dumps({**content["info"]})                            # a TypeError if not plain values
 
     with torch.device("meta"):                                 # takes no memory
@@ -1115,7 +1116,7 @@ class Data:
 
 # ---- Data: files ----
 
-# What a file may hold, and under which keys, the last one first.
+# What a file may hold, and under which keys; where it has several, the last one counts.
 KEYS = {"images": ("imgs", "images"),
         "factors": ("latents_classes", "labels", "factors"),
         "u": ("u",),
@@ -1167,8 +1168,8 @@ def read_file(path, device):
                     if key in file:
                         arrays[name] = np.asarray(file[key])
         return arrays
-    except MemoryError as error:
-        raise MemoryError(f"'{path}' cannot be used as data: {error}") from None
+    except (MemoryError, ImportError) as error:
+        raise type(error)(f"'{path}' cannot be used as data: {error}") from None
     except Exception:                                          # of zip, h5, numpy: many
         raise ValueError(f"'{path}' cannot be used as data: it is no .npz or .h5 file of arrays of "
                          "numbers, or is damaged. Save it by np.savez.") from None
@@ -1288,7 +1289,8 @@ def check_arrays(arrays, path, device, image_size):
                          "names.")
 
     own_u = check_table(arrays, "u", n, path)
-    u = (own_u - own_u.mean(axis=0)) / own_u.std(axis=0).clip(1e-9)
+    u = own_u.astype(float)                                    # half precision overflows
+    u = (u - u.mean(axis=0)) / u.std(axis=0).clip(1e-9)
     mark = fingerprint(images[::max(1, n // 256)], table, own_u)
     return Data(f"{Path(path).resolve().name} {mark[:8]}", named, (channels, side, side), look_up,
                 device, torch.from_numpy(factors), torch.from_numpy(u).float(), mark, note)
@@ -1518,13 +1520,13 @@ def render_object(eye, ray, shape):
 def shape_distance(p, shape):
     """Signed distance (...) of points p (3, ...) to the shape, and a vector along its normal."""
     width, height, radius = SHAPES[shape]
-    xy, z = p[:2], p[2:]
+    flat = p[:2]
     if shape == 0:                                             # a cube's core is square
-        core = xy.clamp(-width, width)
+        core = flat.clamp(-width, width)
     else:
-        shrink = width / length(xy).clamp(min=1e-6)
-        core = xy * shrink.clamp(max=1)
-    offset = p - torch.cat([core, z.clamp(-height, height)])
+        shrink = width / length(flat).clamp(min=1e-6)
+        core = flat * shrink.clamp(max=1)
+    offset = p - torch.cat([core, p[2:].clamp(-height, height)])
     return length(offset) - radius, offset
 
 

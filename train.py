@@ -41,7 +41,7 @@ PAPER = dict(latent_dim=10, prior="full", prior_mean="learned", u="var", kl=5e-4
              contrast=0.0, settle=0.0, predict="eps", batch_size=32, rec_images=0,
              ddpm_images=0, lr=2e-4, muon=0.0, schedule="constant")
 
-# What a U-Net on a frozen iVAE has in common with it.
+# Fields of Config that a U-Net shares with the frozen iVAE that it is trained on.
 IVAE = ("latent_dim", "latent", "categories", "prior", "prior_mean", "u", "u_scale", "width",
         "patch", "image_size", "image_channels", "n_factors", "n_u")
 
@@ -122,11 +122,11 @@ def barrier():
 
 @torch.no_grad()
 def mean_over_ranks(numbers):
-    """A dict of scalars on the device as one of floats, each the mean over the ranks."""
+    """A dict of scalar tensors as one of floats, each the mean over the ranks."""
     values = torch.stack(list(numbers.values()))
     if WORLD > 1:
         dist.all_reduce(values)
-        values = values / WORLD
+        values /= WORLD
     return dict(zip(numbers, values.tolist()))
 
 
@@ -346,7 +346,7 @@ def warmth(cfg, step):
 
 
 def draw_batch(cfg, data, step):
-    """x, u, t, eps of one step, drawn from seed and step alone; t is stratified over (0, 1].
+    """x, u, t, eps of one step, drawn from seed and step alone; t is stratified.
 
     x: (B, C, H, W); u: (B, U); t: (b,), eps: (b, C, H, W) for the b images of the U-Net. Ranks draw
     the same and keep each WORLD-th row, of u all, their own first: their mean is one process's, but
@@ -454,7 +454,7 @@ def train(cfg, data, out, args, parts, first_step):
     started = time.time()
 
     ranked = model
-    if WORLD > 1:                                          # frozen parts and terms of no weight
+    if WORLD > 1:                                          # unused: frozen, or of no weight
         ranked = DistributedDataParallel(model, find_unused_parameters=True)
 
     steps = range(first_step, cfg.steps)
@@ -466,7 +466,9 @@ def train(cfg, data, out, args, parts, first_step):
             numbers = train_step(cfg, ranked, ema, optimizers, batch, step)
             done = step + 1
 
-            stopping = mean_over_ranks({"stop": torch.tensor(len(stop))})["stop"] > 0
+            stopping = torch.tensor(len(stop))             # of any rank
+            if WORLD > 1:
+                dist.all_reduce(stopping)
             saving = done % args.save_every == 0 or done == cfg.steps or stopping
             if done % args.log_every == 0 or saving:       # the only wait for the device
                 record = mean_over_ranks(numbers)
@@ -489,7 +491,7 @@ def train(cfg, data, out, args, parts, first_step):
 
 
 @torch.no_grad()
-def validate(cfg, model, data, n=4096, size=256):
+def validate(cfg, model, data, n=4096):
     """ELBO in nats per image, higher is better, on n modulated draws of a fixed seed; its terms.
 
     -(values / 2) log(2 pi e MSE) - KL, a Gaussian decoder of the best variance: no lambda in it.
@@ -497,8 +499,8 @@ def validate(cfg, model, data, n=4096, size=256):
     generator = torch.Generator(data.device).manual_seed(1_000_003)
     torch.manual_seed(0)                                   # of z's noise
     values = []
-    for _ in range(n // size):
-        rows, u = data.draw(size, generator, cfg.u, cfg.u_scale)
+    for _ in range(n // 256):
+        rows, u = data.draw(256, generator, cfg.u, cfg.u_scale)
         x = data.images(rows)
         terms = model(x, u, t=x[:0, 0, 0, 0], eps=x[:0])   # no images for the U-Net
         values.append(torch.stack(list(terms.values())))
@@ -521,7 +523,7 @@ def describe(cfg, data, model):
             f"{prior}, u {cfg.u}; {data.name}; {millions:.2f} M parameters; {cfg.steps} steps of "
             f"{cfg.batch_size} images, {cfg.epochs:.2g} epochs\n"
             f"{len(data):,} images {data.image_shape}; own u: "
-            f"{data.u.any(dim=0).sum() or 'no'} varying columns; "
+            f"{(data.u.abs().amax(dim=0) > 0.5).sum() or 'no'} varying columns; "
             f"factors: {', '.join(factors) or 'none'}\n{data.note}")
 
 
@@ -541,12 +543,13 @@ def draw_losses(path, out):
 @torch.no_grad()
 def draw_samples(path, model, data):
     """samples.png: ten of the data's images, and as decoder and diffusion redraw them."""
-    rows = torch.arange(10, device=data.device) * 245489 % len(data)           # a mixture
+    rows = torch.arange(10, device=data.device) * 245489 % len(data)           # far apart
     x = data.images(rows)
     z, _ = model.encode(x)
-    redrawn, _ = evaluate.draw_images(model, z[None], x, partial(torch.randn_like, x))
-    pictures = torch.cat([x, *redrawn.values()])
-    save_grid(path, pictures, ["image", *redrawn], [""] * 10)
+    pictures = {"image": x, "decoder": model.decode(z)}
+    if model.unet is not None:
+        pictures["diffusion"] = model.sample(z, torch.randn_like(x))
+    save_grid(path, torch.cat(list(pictures.values())), list(pictures), [""] * 10)
 
 
 def command(name):
@@ -587,9 +590,11 @@ def prepare(args):
     if args.resume:
         content = read_checkpoint(args.resume, device)
         before = content["info"]
-    changing = (args.out, args.paper, args.size, args.freeze_ivae, args.factor_sizes, given(args))
-    if args.resume and any(changing):
-        raise ValueError("--resume goes on with the run as it was, without flags that change it.")
+        changes = (args.out, args.paper, args.size, args.freeze_ivae, args.factor_sizes,
+                   given(args))
+        if any(changes):
+            raise ValueError("--resume goes on with the run as it was, without flags that change "
+                             "it.")
     if args.freeze_ivae or before.get("frozen"):
         ivae = load_checkpoint(origin, device)
         before = ivae.info
@@ -607,7 +612,7 @@ def prepare(args):
     info = provenance(args, data, data_arg, factor_sizes)
     if content:
         cfg = Config(**content["config"])
-        info.update(content["info"])
+        info.update(content["info"], data_arg=info["data_arg"])    # it may have moved
     else:
         cfg = make_config(args, data, ivae)
         evaluate.warn_of_other_data(data, before, origin)
@@ -642,7 +647,7 @@ def run(args):
             out = make_folder(args.out, cfg)
             log(out, {"config": asdict(cfg)})
         print(describe(cfg, data, model), flush=True)
-    barrier()                                              # rank 0 has found it free
+    barrier()                                              # rank 0 has claimed the folder
     train(cfg, data, out, args, (model, ema, optimizers), first_step)
     if RANK == 0:
         return finish(cfg, data, out, ema.eval())
@@ -677,7 +682,7 @@ def open_study(args, out):
     logging.getLogger("optuna.storages").setLevel("WARNING")   # who waits for a lock says so
 
     # a study's name tells its flags; a folder holds the trials of one
-    same = [(k, v) for k, v in sorted(vars(args).items()) if k not in WHERE]
+    same = [item for item in sorted(vars(args).items()) if item[0] not in WHERE]
     name = f"{args.search} {hashlib.sha256(str(same).encode()).hexdigest()}"
     begun = any(Path(out).glob("trial-*"))
 
@@ -690,7 +695,7 @@ def open_study(args, out):
         else:
             journal = optuna.storages.journal
             path = f"{out}/study.log"
-            lock = journal.JournalFileOpenLock(path)           # a file, where a link may dangle
+            lock = journal.JournalFileOpenLock(path)           # a file: a link may dangle
             file = journal.JournalFileBackend(path, lock)
             storage = optuna.storages.JournalStorage(file)
         names = optuna.get_all_study_names(storage)
@@ -718,6 +723,7 @@ def search(args):
     cells = list(product(*space.values()))
     for cell in cells:
         make_config(argparse.Namespace(**vars(args) | dict(zip(space, cell))), data, ivae)
+    del data                                               # each trial loads its own
     out = args.out or f"runs/search-{args.search}"
     evaluate.try_folder(out)
 

@@ -1219,6 +1219,22 @@ TABLE = ["shape, file, u:time,größe,u", "1, 0.png,0.5, 10,0", "0,1.png,1,9,0",
          '"2",2.png,1.5,10,1e1', "1,3.png,2,9,-1", "0,5.png,2.5,100,0"]
 
 
+def test_u_of_half_precision_is_standardised_as_any(tmp_path):
+    u = np.arange(-20_000, 20_000, 5_000.0)
+    for name, kind in (("half", np.float16), ("full", np.float64)):
+        np.savez(tmp_path / f"{name}.npz", images=numbered_images(8), u=u.astype(kind))
+    half, full = (idiff.load_data(str(tmp_path / f"{name}.npz")).u for name in ("half", "full"))
+    assert torch.allclose(half, full, atol=1e-3) and half.std() > 0.9
+
+
+def test_without_h5py_a_file_is_not_called_damaged(tmp_path, monkeypatch):
+    write_h5(tmp_path / "a.h5", numbered_images(4), np.arange(4.0)[:, None])
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match="h5py") as error:
+        idiff.load_data(str(tmp_path / "a.h5"))
+    assert "damaged" not in str(error.value)
+
+
 def test_folder_of_pictures_and_a_table(tmp_path):
     """Any order of columns and rows, numbers in order, u and u:NAME apart, a bar while it reads;
     spaces behind commas are nothing."""

@@ -428,7 +428,7 @@ def test_muons_momentum_is_nine_tenths():
 @torch.no_grad()
 def test_the_elbo_is_that_of_a_gaussian_decoder(shapes3d):
     cfg = small_cfg()
-    result = train.validate(cfg, train.build(cfg, shapes3d.device)[0], shapes3d, n=64, size=32)
+    result = train.validate(cfg, train.build(cfg, shapes3d.device)[0], shapes3d, n=256)
     deviation = result["rec"] ** 0.5
     density = torch.distributions.Normal(0.0, deviation)
     errors = torch.full((3 * 64 * 64,), deviation)
@@ -737,6 +737,16 @@ def test_resuming_without_the_data_names_them(tiny_run, tmp_path, capsys):
     assert "gone.npz" in refusal(["--resume", str(tmp_path / "ckpt.pt")], capsys)
 
 
+def test_data_that_moved_are_found_after_a_run_resumed_with_them(tiny_run, tiny_npz, tmp_path):
+    content = torch.load(tiny_run / "ckpt.pt", weights_only=True)
+    content["info"]["data_arg"] = str(tmp_path / "gone.npz")
+    content["step"] = 2
+    torch.save(content, tmp_path / "ckpt.pt")
+    moved = str(shutil.copy(tiny_npz, tmp_path / "moved.npz"))
+    train.main(["--resume", str(tmp_path / "ckpt.pt"), "--data", moved, "--device", "cpu"])
+    assert load_checkpoint(str(tmp_path / "ckpt.pt")).info["data_arg"] == moved
+
+
 def test_in_a_terminal_an_error_is_one_line_and_a_status(tmp_path):
     done = subprocess.run([sys.executable, "train.py", "--data", "no_such.h5", "--device", "cpu",
                            "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True,
@@ -805,7 +815,7 @@ def write_own(path, **arrays):
 
 def test_own_u_trains_and_draws_without_factors(tmp_path, capsys):
     """28 x 28 grey as it is; u by default the file's; latents by what they tell of it."""
-    u = np.insert(np.eye(4)[np.arange(40) % 4], 2, 1, axis=1)          # one column is constant
+    u = np.insert(np.eye(4)[np.arange(40) % 4], 2, 0.1, axis=1)        # one column is constant
     out, path = tmp_path / "run", write_own(tmp_path / "a.npz", u=u)
     train.main([*TINY, "--data", path, "--steps", "2", "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
