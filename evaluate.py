@@ -109,26 +109,29 @@ def equal_bins(values, n_bins):
     return np.digitize(values, left_edges) - 1
 
 
+def as_numbers(a, name):
+    """An array or tensor as float64 (N, columns); ValueError unless it is one of finite numbers."""
+    if torch.is_tensor(a):
+        a = a.detach().cpu().double()
+    a = np.asarray(a)
+    if a.ndim != 2 or 0 in a.shape or len(a) < 2 or a.dtype.kind not in "buif":
+        raise ValueError(f"{name} must be numbers, 2 rows or more; got {a.dtype} {a.shape}.")
+    a = a.astype(float)
+    if not (abs(a) < 1e150).all():               # lest squares overflow
+        raise ValueError(f"{name} hold NaN, inf or numbers beyond 1e150.")
+    return a
+
+
 def as_arrays(codes, factors, n_bins=None):
     """codes as float64 (N, D), factors as int64 (N, K) re-indexed to 0, 1, ...; or ValueError.
 
-    Given n_bins, a factor of more values than these, and than a quarter of the rows or 256, is a
+    Given n_bins, a factor of more values than these, and than 256 or a quarter of the rows, is a
     number and not a class: its labels are equal bins, with a warning.
     """
-    arrays = []
-    for name, a in (("codes", codes), ("factors", factors)):
-        if torch.is_tensor(a):
-            a = a.detach().cpu().double()
-        a = np.asarray(a)
-        if a.ndim != 2 or 0 in a.shape or len(a) < 2 or a.dtype.kind not in "buif":
-            raise ValueError(f"{name} must be numbers, 2 rows or more; got {a.dtype} {a.shape}.")
-        a = a.astype(float)
-        if not (abs(a) < 1e150).all():           # lest squares overflow
-            raise ValueError(f"{name} hold NaN, inf or numbers beyond 1e150.")
-        arrays.append(a)
+    codes = as_numbers(codes, "codes")
+    factors = as_numbers(factors, "factors")
 
     # a row of each for every image
-    codes, factors = arrays
     if len(codes) != len(factors):
         raise ValueError(f"{len(codes)} rows of codes, but {len(factors)} of factors.")
 
@@ -171,8 +174,11 @@ def mutual_information(codes, factors, n_bins=20):
     """I(z_i; y_j) in nats, (D, K), each latent in equal bins between its minimum and maximum."""
     from sklearn.metrics import mutual_info_score
     codes, factors = as_arrays(codes, factors, n_bins)
-    binned = [equal_bins(z, n_bins) for z in codes.T]
-    mi = np.array([[mutual_info_score(bins, y) for y in factors.T] for bins in binned])
+    mi = []
+    for z in codes.T:
+        bins = equal_bins(z, n_bins)
+        mi.append([mutual_info_score(bins, y) for y in factors.T])
+    mi = np.array(mi)
     return mi * (mi > 1e-12)                     # rounding residue of a dead latent is no score
 
 
@@ -185,10 +191,10 @@ def known_share(codes, factors, n_bins=20):
 
 def mig_per_factor(codes, factors, n_bins=20):
     """(I_1 - I_2) / H of each factor's two best latents, (K,), Eq. 1; I_2 = 0 if there is one."""
-    share = known_share(codes, factors, n_bins)
-    share = np.insert(share, 0, 0, axis=0)       # a latent that knows nothing
-    *_, second, first = np.sort(share, axis=0)
-    return first - second
+    ranked = np.sort(known_share(codes, factors, n_bins), axis=0)
+    if len(ranked) == 1:                         # no second latent
+        return ranked[0]
+    return ranked[-1] - ranked[-2]
 
 
 def mig(codes, factors, n_bins=20):
@@ -317,6 +323,7 @@ def warn_of_other_data(data, info, checkpoint):
 @torch.no_grad()
 def encode(model, data, rows, seed):
     """Means of q(z|x) and one sample of each, of the images in rows: (N, D) twice."""
+    # so few at a time that memory does not grow with N
     parts = progress(rows.split(500), "encoding, 500 images each")
     means, logvars = zip(*(model.encode(data.images(part)) for part in parts))
     mean = torch.cat(means).cpu().double()       # some devices have no doubles
@@ -326,15 +333,18 @@ def encode(model, data, rows, seed):
 
 
 def of_checkpoint(path, args, load):
-    """What a report is made of, a dict: codes, samples and factors of random images; those of
-    modulated draws and u's own code on them; what the checkpoint says of itself."""
+    """What a report is made of, a dict.
+
+    Codes, samples and factors of random images; those of modulated draws, and u as their code; what
+    the checkpoint says of itself.
+    """
     device = pick_device(args.device)
     model = load_checkpoint(path, device)
     cfg = model.cfg
     data = load(args.data or find_data(model.info, path), device, progress, cfg.image_size,
                 model.info.get("factor_sizes"))
     warn_of_other_data(data, model.info, path)
-    if not data.factor_names or args.generate and not len(data.varied):
+    if not data.factor_names or (args.generate and not len(data.varied)):
         raise ValueError(f"'{path}': MIG, MCC, DCI and modularity need factors, --generate those "
                          f"of 2 to 1,000 values, and {data.name} has none. Pass others by --data; "
                          "interpolate.py needs none.")
@@ -430,7 +440,7 @@ def train_reader(data, seed, steps=600):
     # on images that it was not trained on
     test = rows[:n_test]
     right = read(data.images(test)) == data.factors(test)[:, data.varied]
-    return read, right.float().mean(dim=0)
+    return read, right.float().mean(0)
 
 
 def laplacian(x):
@@ -483,8 +493,11 @@ def draw_images(model, z, x, noise):
 
 
 def generation(model, data, rows, codes, args):
-    """Shares (K,) of factors that a classifier reads right in images made of codes (N, D) of rows
-    (N,), and pixels' errors. Edit k: the next image's latent that matches factor k, same noise."""
+    """How well images made of codes (N, D) of rows (N,) show their factors, a dict.
+
+    Shares (K,) of factors that a classifier reads right, and errors of pixels. Edited: of factor k
+    the latent that matches it is the next image's, the noise stays.
+    """
     read, limit = train_reader(data, args.seed)
     y = data.factors(rows)[:, data.varied]                     # (N, K)
     pairs = zip(*match(mutual_information(codes, y)))
@@ -550,12 +563,12 @@ def measure(s, args):
     n_bins = args.n_bins
     std = codes.std(axis=0)
 
-    # metrics that take more rows than the standard
+    # DCI takes up to 15,000 rows
     scores = dict.fromkeys(NAMES, np.nan)
     if not args.no_dci:
         scores.update(dci(codes[:N_DCI], factors[:N_DCI], args.seed, n_bins))
 
-    # those that take the standard's, also of noise: the codes of other images
+    # the others take 10,000, also with codes shuffled among images: the floor of noise
     noise = np.random.default_rng(args.seed).permutation(codes)
     if len(codes) <= N_DCI:
         codes, noise, factors = codes[:N_SCORES], noise[:N_SCORES], factors[:N_SCORES]
@@ -764,7 +777,8 @@ def draw_latents(r, s):
 
         # stacked by value: a latent that found the factor shows a mode a colour
         by_value = [z[y == value] for value in range(n_values)]
-        colours = colormaps["hsv" if "hue" in name else "viridis"](np.arange(n_values) / n_values)
+        scheme = "hsv" if "hue" in name else "viridis"
+        colours = colormaps[scheme](np.arange(n_values) / n_values)
         bins = np.linspace(z.min(), z.max() + 1e-6, 61)
         ax.hist(by_value, bins, stacked=True, histtype="stepfilled", color=colours)
         ax.set(yticks=[], xlabel=f"z{i}; {name}: MI/H {share[i, j]:.2f}")
@@ -801,7 +815,7 @@ def draw_information(r, s):
 
 def run(args):
     """Report on one path, or tables over many."""
-    load = lru_cache(load_data)                  # one load for many checkpoints
+    load = lru_cache(maxsize=1)(load_data)       # one load for many checkpoints
     many = len(args.paths) > 1
     measured = [path for path in args.paths if path.exists() and holds(path) != "report"]
     if len({path.resolve().parent for path in measured}) < len(measured):

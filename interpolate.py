@@ -187,7 +187,9 @@ def traverse(model, codes, z, start, names, args, kind):
     # drawn by each network, labelled with the range
     pictures = render(model, varied.flatten(0, 1), start, args, kind == "image")
     rows = [f"{name}\n{a:.2f} to {b:.2f}" for name, a, b in zip(names.values(), low, high)]
-    columns = ["2 % quantile", *[""] * (n - 2), "98 % quantile"]
+    columns = [""] * n
+    columns[0] = "2 % quantile"
+    columns[-1] = "98 % quantile"
     for network, images in pictures.items():
         with drawing(args.out / f"{kind}_{network}.png") as file:
             save_grid(file, images, rows, columns)
@@ -268,7 +270,9 @@ def edit(kind, model, data, codes, names, args):
     pictures = render(model, z, noise, args, keeps_noise=True)
     for row in pictures.values():
         images += [x[:1], row, x[1:]]
-    titles = ["A", *titles, *["B"] * (len(x) - 1)]
+    titles.insert(0, "A")
+    if len(x) > 1:
+        titles.append("B")
     with drawing(args.out / f"{kind}.png") as file:
         save_grid(file, torch.cat(images), list(pictures), titles)
 
