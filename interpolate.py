@@ -10,6 +10,7 @@ means, and diffusion keeps their noise, which the ODE run backwards finds.
 import argparse
 import io
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,9 @@ def survey(model, data, seed):
         return rows, codes, {i: f"z{i}" for i in order}
 
     # the latents that match a factor, in the factors' order, then all others
-    _, factors = as_arrays(codes, data.factors(rows), n_bins=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                        # evaluate.py tells of the bins
+        _, factors = as_arrays(codes, data.factors(rows), n_bins=20)
     mi = mutual_information(codes, factors)                    # (D, K)
     h = entropies(factors)
     names = {}

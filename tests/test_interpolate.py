@@ -7,6 +7,7 @@
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +156,18 @@ def test_values_run_over_the_latents_own_range(tiny_run, tiny_npz, tmp_path, dra
     z[:, :, 1] = torch.tensor([low[1], (low[1] + high[1]) / 2, high[1]])
     shown = model.decode(z.flatten(0, 1)).unflatten(0, (24, 3))
     assert (shown - images[0]).abs().amax(dim=(1, 2, 3, 4)).min() < 1e-5
+
+
+def test_factors_that_are_numbers_are_binned_without_a_word(tiny_npz, tmp_path):
+    """Python's own warnings, with lines of code, are not for users; evaluate.py tells it."""
+    with np.load(tiny_npz) as arrays:
+        images = arrays["images"]
+    path = str(tmp_path / "numbers.npz")
+    np.savez(path, images=images, factors=np.arange(24.0) ** 2)
+    checkpoint = write_checkpoint(tmp_path / "ckpt.pt", path, n_factors=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        interpolate.main([checkpoint, *FAST])
 
 
 def test_true_factors_vary_one_at_a_time(tiny_run, tiny_npz, tmp_path, drawn):
