@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
@@ -535,7 +536,7 @@ def draw_losses(path, out):
     for axis, name in zip(axes, names):
         points = [(r["step"], r[name]) for r in records if name in r]
         axis.plot(*zip(*points))
-        axis.set(title=f"{name} by step", xmargin=0, xlim=(0, None),
+        axis.set(title=f"{name} by step", xlim=(0, None),
                  yscale="linear" if name == "contrast" else "log")
     figure.savefig(path, dpi=150)
 
@@ -566,7 +567,7 @@ def finish(cfg, data, out, model):
     result = validate(cfg, model, data)
     log(out, {"step": cfg.steps, "validation": result})
     print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
-          f"KL {result['kl']:.1f} nats), averaged weights, 4,096 draws", flush=True)
+          f"KL {result['kl']:.1f} nats), averaged weights, 4,096 draws")
     with evaluate.drawing(Path(f"{out}/losses.png")) as path:
         draw_losses(path, out)
     with evaluate.drawing(Path(f"{out}/samples.png")) as path:
@@ -679,6 +680,7 @@ def open_study(args, out):
     """The Optuna study of these flags, in the folder out or in --storage."""
     import optuna
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", module="optuna")     # of what is experimental there
     logging.getLogger("optuna.storages").setLevel("WARNING")   # who waits for a lock says so
 
     # a study's name tells its flags; a folder holds the trials of one
@@ -689,9 +691,9 @@ def open_study(args, out):
     storage = args.storage
     try:
         if storage:                                        # there, a killed trial runs again
-            retry = optuna.storages.RetryFailedTrialCallback()
-            storage = optuna.storages.RDBStorage(storage, heartbeat_interval=60,
-                                                 failed_trial_callback=retry)
+            storage = optuna.storages.RDBStorage(
+                storage, heartbeat_interval=60,
+                failed_trial_callback=lambda study, trial: study.enqueue_trial(trial.params))
         else:
             journal = optuna.storages.journal
             path = f"{out}/study.log"
@@ -729,7 +731,6 @@ def search(args):
 
     # the study, shared with other workers
     study = open_study(args, out)
-    optuna.storages.fail_stale_trials(study)               # of a database
     grid = args.search == "grid"
     if grid:
         study.sampler = optuna.samplers.GridSampler(space, seed=0)

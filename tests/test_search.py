@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import optuna
@@ -206,7 +207,9 @@ def test_a_database_holds_the_study_beside_others(argv, tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
     argv = [*argv, "--search", "grid", "--trials", "1", "--storage", url]
     optuna.create_study(study_name="somebody's", storage=url)
-    train.main(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                     # Optuna's own are not for users
+        train.main(argv)
     ours, = set(optuna.get_all_study_names(url)) - {"somebody's"}
     assert len(cells(optuna.load_study(study_name=ours, storage=url))) == 1
 
