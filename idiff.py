@@ -289,8 +289,7 @@ class Encoder(nn.Module):
             c_in = c_out
 
         # all that is left goes into each latent's numbers
-        n_out = cfg.latent_dim * numbers_per_latent(cfg)
-        last = mlp(c_in * side**2, 256, n_out)
+        last = mlp(c_in * side**2, 256, cfg.latent_dim * numbers_per_latent(cfg))
         self.net = nn.Sequential(*layers, nn.Flatten(), *last)
 
         # start narrow if the decoder comes late (settle): at first it would see little but noise
@@ -1339,8 +1338,8 @@ def script(name, less):
         text = in_one_line(error)
         if "allocate" in text:                                 # of torch and numpy
             text = f"out of memory: {text}. Free some, or try a smaller {less}."
-        elif isinstance(error, RuntimeError):
-            raise
+        elif isinstance(error, RuntimeError) or sys.flags.dev_mode:
+            raise                                              # python -X dev: with a traceback
         if isinstance(error, ImportError):
             text += ". Try: pip install -r requirements.txt"
         sys.exit(f"{name}: {text}")
@@ -1351,22 +1350,24 @@ def script(name, less):
 def save_grid(file, images, rows, columns):
     """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""
     from matplotlib.figure import Figure
-    n, m = len(columns), len(rows)
-    pixels = (images.float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().byte()
+    n_rows = len(rows)
+    n_columns = len(columns)
+    pixels = (images.cpu().clamp(-1, 1) * 127.5 + 127.5).round().byte()
     pixels = F.pad(pixels, [1] * 4, value=255)                 # half a gap around each
-    grid = pixels.unflatten(0, (m, n)).permute(0, 3, 1, 4, 2)  # (m, H, n, W, C)
-    grid = grid.flatten(2, 3).flatten(0, 1).expand(-1, -1, 3).numpy()          # (m H, n W, 3)
+    grid = pixels.unflatten(0, (n_rows, n_columns)).permute(0, 3, 1, 4, 2)
+    grid = grid.flatten(2, 3).flatten(0, 1)                    # (rows H, columns W, C)
+    grid = grid.expand(-1, -1, 3).numpy()
 
     # whole multiples of a pixel, so that all are shown equally large
     zoom = max(1, round(128 / images.shape[-1]))
     height, width, _ = grid.shape
     figure = Figure((zoom * width / 100, zoom * height / 100), dpi=100)
     axis = figure.add_axes((0, 0, 1, 1), frame_on=False)
-    axis.imshow(grid, interpolation="nearest", extent=(0, n, m, 0))
+    axis.imshow(grid, interpolation="nearest", extent=(0, n_columns, n_rows, 0))
 
     # a label at the middle of each row and column
-    axis.set_xticks(np.arange(n) + 0.5, columns, fontsize=12)
-    axis.set_yticks(np.arange(m) + 0.5, rows, fontsize=12)
+    axis.set_xticks(np.arange(n_columns) + 0.5, columns, fontsize=12)
+    axis.set_yticks(np.arange(n_rows) + 0.5, rows, fontsize=12)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     figure.savefig(file, bbox_inches="tight")
 

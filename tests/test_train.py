@@ -755,6 +755,13 @@ def test_in_a_terminal_an_error_is_one_line_and_a_status(tmp_path):
     assert len(done.stderr.splitlines()) == 1 and "no_such.h5" in done.stderr
 
 
+def test_in_pythons_development_mode_an_error_says_where_it_arose(tmp_path):
+    done = subprocess.run([sys.executable, "-X", "dev", "train.py", "--data", "no_such.h5",
+                           "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and "in load_data" in done.stderr and "no_such.h5" in done.stderr
+
+
 def test_resume_with_images_of_other_channels_says_so(tmp_path, tiny_npz):
     train.main([*TINY, "--data", str(tiny_npz), "--steps", "1", "--out", str(tmp_path / "run")])
     with np.load(tiny_npz) as arrays:
