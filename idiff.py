@@ -12,7 +12,9 @@ diffusion U-Net, both conditioned on z, turn latents back into images. Read it d
     VPSDE, SAMPLERS, invert     the diffusion process of Song et al. 2021 and its solvers
     IDiff                       the model: the terms of Eq. 2 with Eq. 3; encode, decode, sample
     save_, load_checkpoint      three lines from a file to latents
-    Data, load_data             the modulated draw of rows and u; files; replicas of two data sets
+    Data, load_data             the modulated draw of rows and u; files
+    script, save_grid           what scripts share: errors in one line, labelled images
+    load_shapes3d, _dsprites    replicas of two data sets, an appendix
 
 Equations are those of Kühne & Zemann (2024); their Eq. 1, MIG, is in evaluate.py, and the weighted
 sum of Eq. 2 in train.py. Denoising and reconstruction losses are means over batch, channels and
@@ -546,8 +548,9 @@ class ScoreUNet(nn.Module):
         self.start = nn.Linear(c_emb, w * (cfg.image_size // 16)**2)   # a coarse picture of z
 
         self.norm = nn.GroupNorm(8, f)
+        # as many channels out as in: the noise, or residual and gate; they start at 0
         self.head = Head(f, c_seen, c_seen, c_emb, cfg.patch)
-        nn.init.zeros_(self.head.mix.weight)                   # so that its output starts at 0
+        nn.init.zeros_(self.head.mix.weight)
         nn.init.zeros_(self.head.mix.bias)
 
     def forward(self, x_t, t, z, x_hat):
@@ -1068,9 +1071,9 @@ class Data:
             rows = torch.randint(len(self), (n,), generator=generator, device=self.device)
             return rows, self.u[rows]
 
-        a, b = torch.rand(2, n, len(self.sizes), generator=generator, device=self.device)
-        log_s = a * math.log(u_scale)                                          # (n, K)
-        m = 2 * b - 1 if u == "mean+var" else torch.zeros_like(b)
+        of_s, of_m = torch.rand(2, n, len(self.sizes), generator=generator, device=self.device)
+        log_s = of_s * math.log(u_scale)                                       # (n, K)
+        m = 2 * of_m - 1 if u == "mean+var" else torch.zeros_like(of_m)
 
         # the largest of logits plus Gumbel noise is a draw from their softmax
         s = log_s.exp()[:, :, None]                                            # (n, K, 1)

@@ -228,7 +228,7 @@ def provenance(args, data, data_arg, factor_sizes):
             "method": "paper" if args.paper else "recipe",
             "frozen": args.freeze_ivae,
             "commit": commit.stdout.strip() or "unknown",
-            "torch": f"{torch.__version__}"}
+            "torch": f"{torch.__version__}"}               # a checkpoint takes plain text
 
 
 def log(out, record):
@@ -311,8 +311,8 @@ def build(cfg, device, ivae=None):
     # the matrices of what draws images go to Muon, all else to AdamW
     matrices, others = {}, []
     for name, p in model.named_parameters():
-        draws = name.startswith(("decoder.", "unet."))
-        if draws and p.dim() > 1 and cfg.muon:
+        makes_images = name.startswith(("decoder.", "unet."))
+        if makes_images and p.dim() > 1 and cfg.muon:
             matrices.setdefault(p.shape, []).append(p)
         else:
             others.append(p)
