@@ -536,7 +536,7 @@ def draw_losses(path, out):
     for axis, name in zip(axes, names):
         points = [(r["step"], r[name]) for r in records if name in r]
         axis.plot(*zip(*points))
-        axis.set(title=f"{name} by step", xlim=(0, None),
+        axis.set(title=f"{name} by step", xmargin=0, xlim=(0, None),
                  yscale="linear" if name == "contrast" else "log")
     figure.savefig(path, dpi=150)
 
@@ -697,8 +697,8 @@ def open_study(args, out):
         else:
             journal = optuna.storages.journal
             path = f"{out}/study.log"
-            lock = journal.JournalFileOpenLock(path)           # a file: a link may dangle
-            file = journal.JournalFileBackend(path, lock)
+            # locked by a file, where a link may dangle
+            file = journal.JournalFileBackend(path, journal.JournalFileOpenLock(path))
             storage = optuna.storages.JournalStorage(file)
         names = optuna.get_all_study_names(storage)
     except Exception as error:                             # of databases: many
