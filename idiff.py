@@ -509,10 +509,10 @@ class ResBlock(nn.Module):
 class ScoreUNet(nn.Module):
     """A bare network: x_t (B, C, H, W), t (B,), z (B, D), x_hat -> float32 (B, n C, H, W).
 
-    A U-Net on a space-to-depth stem, halved down to image_size / 16; z (of categories the one-hot
-    codes, (B, D L)) and t enter every block.
-    What it is given and what its output means is up to IDiff.denoise: n is 1 for the noise, 2 for
-    the residual and its gate, and then it sees the decoder's image x_hat, too (Pandey et al. 2022).
+    A U-Net on a space-to-depth stem, halved down to image_size / 16; t and z (of categories the
+    one-hot codes, (B, D L)) enter every block. What it is given and what its output means is up to
+    IDiff.denoise: n is 1 for the noise, 2 for the residual and its gate, and then it sees the
+    decoder's image x_hat, too (Pandey et al. 2022).
     """
 
     def __init__(self, cfg):
