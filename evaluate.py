@@ -6,17 +6,14 @@
 
 A path may also be a metrics.json, which is read as it is, or a codes.npz with codes (N, D),
 factors (N, K) and maybe factor_names of somebody else's model. Metrics are functions of codes and
-factors; what is undefined is NaN, with a warning. Sources: Chen 2018 (MIG), Hyvarinen 2016 (MCC),
-Eastwood 2018 (DCI), Ridgeway 2018 (modularity).
+factors; what is undefined is NaN, with a warning. In Python: report(model, data). Sources: Chen
+2018 (MIG), Hyvarinen 2016 (MCC), Eastwood 2018 (DCI), Ridgeway 2018 (modularity).
 """
 import argparse
 import json
 import os
-import sys
-import tempfile
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from idiff import (DATA_SETS, Config, Encoder, fingerprint, in_one_line, load_checkpoint,
-                   load_data, pick_device, script, seeded_noise, x0_from_eps)
+import idiff
+from idiff import drawing, in_one_line, progress
 
 N_SCORES = 10_000           # rows of the standard, of all metrics but DCI
 N_DCI = 15_000              # two thirds of them train the trees
@@ -66,40 +62,6 @@ def build_parser():
     return parser
 
 
-# ---- What all scripts share ----
-
-class Lines:
-    """What tqdm writes, as plain lines for a file."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr)
-
-
-def progress(iterable, desc=None, **options):
-    """tqdm's bar in a terminal; elsewhere a plain line every half minute."""
-    if not sys.stderr.isatty():
-        options.update(file=Lines(), mininterval=30, miniters=1, delay=30,
-                       bar_format="{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}")
-    return tqdm(iterable, desc, **options)
-
-
-def try_folder(folder):
-    """Make a folder; OSError if it, or a file in it, cannot be made."""
-    os.makedirs(folder, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-
-
-@contextmanager
-def drawing(path):
-    """Around the drawing of a picture: if it fails, a line says that path is missing, no more."""
-    try:
-        yield path
-    except Exception as error:                   # many kinds, as of full disks
-        path.unlink(missing_ok=True)             # a part of it, or an older one
-        print(f"{path} is missing: {in_one_line(error)}", file=sys.stderr)
-
-
 # ---- Metrics ----
 
 def equal_bins(values, n_bins):
@@ -110,14 +72,14 @@ def equal_bins(values, n_bins):
 
 
 def as_numbers(a, name):
-    """An array or tensor as float64 (N, columns); ValueError unless it is one of finite numbers."""
+    """An array or tensor as float64 (N, columns); ValueError unless its numbers are finite."""
     if torch.is_tensor(a):
         a = a.detach().cpu().double()
     a = np.asarray(a)
     if a.ndim != 2 or 0 in a.shape or len(a) < 2 or a.dtype.kind not in "buif":
         raise ValueError(f"{name} must be numbers, 2 rows or more; got {a.dtype} {a.shape}.")
     a = a.astype(float)
-    if not (abs(a) < 1e150).all():               # lest squares overflow
+    if not (abs(a) < 1e150).all():               # or squares could overflow
         raise ValueError(f"{name} hold NaN, inf or numbers beyond 1e150.")
     return a
 
@@ -299,30 +261,11 @@ def dci(codes, factors, seed=0, n_bins=20):
     return scores
 
 
-# ---- Codes of a checkpoint or a file ----
-
-def find_data(info, checkpoint):
-    """Name or path of the data that a checkpoint's info tells of: where they were, or beside it."""
-    # a run's folder may have moved, and the data with it
-    name = str(info.get("data_arg", "unknown"))
-    beside = str(Path(checkpoint).parent / Path(name).name)
-    for place in (name, beside):
-        if place in DATA_SETS or os.path.exists(place):
-            return place
-    raise FileNotFoundError(f"data of '{checkpoint}' not found: neither '{name}' nor '{beside}'. "
-                            "Pass --data and their path.")
-
-
-def warn_of_other_data(data, info, checkpoint):
-    """A line to stderr if the data are not those that a checkpoint's info tells of."""
-    if info.get("fingerprint", data.fingerprint) != data.fingerprint:
-        print(f"warning: '{checkpoint}' was trained on {info['data']}, not on {data.name}.",
-              file=sys.stderr)
-
+# ---- Codes of a model or a file ----
 
 @torch.no_grad()
 def encode(model, data, rows, seed):
-    """Means of q(z|x) and one sample of each, of the images in rows: (N, D) twice."""
+    """Means of q(z|x) and one sample of each, for the images in rows: (N, D) twice."""
     # so few at a time that memory does not grow with N
     parts = progress(rows.split(500), "encoding, 500 images each")
     means, logvars = zip(*(model.encode(data.images(part)) for part in parts))
@@ -332,53 +275,8 @@ def encode(model, data, rows, seed):
     return mean.numpy(), (mean + std * noise).numpy()
 
 
-def of_checkpoint(path, args, load):
-    """What a report is made of, a dict.
-
-    Codes, samples and factors of random images; those of modulated draws, and u as their code; what
-    the checkpoint says of itself.
-    """
-    device = pick_device(args.device)
-    model = load_checkpoint(path, device)
-    cfg = model.cfg
-    data = load(args.data or find_data(model.info, path), device, progress, cfg.image_size,
-                model.info.get("factor_sizes"))
-    warn_of_other_data(data, model.info, path)
-    if not data.factor_names or (args.generate and not len(data.varied)):
-        raise ValueError(f"'{path}': MIG, MCC, DCI and modularity need factors, --generate those "
-                         f"of 2 to 1,000 values, and {data.name} has none. Pass others by --data; "
-                         "interpolate.py needs none.")
-
-    # random images of the grid, then as many modulated draws; not by the data's own u, by which
-    # all rows are drawn alike
-    n = min(args.n, len(data))
-    generator = torch.Generator(device).manual_seed(args.seed)
-    rows = torch.randperm(len(data), generator=generator, device=device)[:n]
-    drawn_by = cfg.u if len(data.varied) else "own"
-    n_drawn = 0 if drawn_by == "own" else min(n, N_SCORES)
-    drawn, u = data.draw(n_drawn, generator, drawn_by, cfg.u_scale)
-    codes, samples = encode(model, data, torch.cat([rows, drawn]), args.seed)
-    factors = data.factors(rows).cpu().numpy()
-    factors_drawn = data.factors(drawn).cpu().numpy()
-
-    # u as if it were a code: its centres, or else its scales, which come before
-    draws = {}
-    if n_drawn:
-        u = u[:, -len(data.varied):].cpu().numpy()
-        draws = {"encoder_on_draws": (codes[n:], factors_drawn), "u_on_draws": (u, factors_drawn)}
-
-    kind = "means" if cfg.latent == "gaussian" else "modes"
-    info = {"data": data.name, "fingerprint": data.fingerprint, "model": cfg.model,
-            "codes": f"{kind} of q(z|x), averaged weights", "config": vars(cfg),
-            "training": model.info}
-    if args.generate:
-        info["generation"] = generation(model, data, rows, codes[:n], args)
-    return {"codes": codes[:n], "samples": samples[:n], "factors": factors,
-            "names": data.factor_names, "info": info, "draws": draws, "drawn": factors_drawn}
-
-
-def of_codes(path, args):
-    """The same of a file with the arrays codes (N, D), factors (N, K) and maybe factor_names."""
+def read_codes(path):
+    """(codes, factors, names) of a file with the arrays codes, factors and maybe factor_names."""
     try:
         with np.load(path) as file:
             codes, factors = file["codes"], file["factors"]
@@ -387,18 +285,11 @@ def of_codes(path, args):
             names = np.array(file.get("factor_names", names), str).tolist()
         if not len(set(names)) == len(names) == factors.shape[1]:
             raise ValueError
-    except Exception:                            # of zip, numpy, as_arrays: many
+    except Exception:                            # zip, numpy and as_arrays raise many kinds
         raise ValueError(f"'{path}' needs the arrays codes and factors, (N, D) and (N, K) of "
                          "finite numbers, N at least 2, and if it has factor_names, K different "
                          "ones. Save it by np.savez.") from None
-    if args.generate or args.data:
-        raise ValueError(f"'{path}' holds codes: --generate and --data need a checkpoint.")
-
-    rows = np.random.default_rng(args.seed).permutation(len(codes))[:args.n]
-    info = {"data": f"factors of {path.name} {fingerprint(factors)[:8]}", "model": "codes",
-            "codes": "as they are", "config": {}}
-    return {"codes": codes[rows], "samples": codes[rows], "factors": factors[rows],
-            "names": names, "info": info, "draws": {}, "drawn": factors[:0]}
+    return codes, factors, names
 
 
 # ---- Generated images ----
@@ -413,8 +304,8 @@ def train_reader(data, seed, steps=600):
     k = len(data.varied)
     v = data.sizes[data.varied].max().item()
     channels, side, _ = data.image_shape
-    cfg = Config(image_channels=channels, image_size=side, latent_dim=(k * v + 1) // 2)
-    net = Encoder(cfg).net.to(data.device)       # k v outputs, or one more
+    cfg = idiff.Config(image_channels=channels, image_size=side, latent_dim=(k * v + 1) // 2)
+    net = idiff.Encoder(cfg).net.to(data.device)       # k v outputs, or one more
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
 
@@ -469,39 +360,25 @@ def squares(x):
     return x.square().flatten(1).mean(dim=1)
 
 
-def draw_images(model, z, x, noise):
-    """Images of z (1 + K, B, D) by network; diffusion's errors (B,), z[0] being the code of x."""
-    # all codes by the decoder, then by diffusion, the edits of an image from its own noise
+def draw_images(model, z, start):
+    """{network: images (n B, C, H, W)} of codes z (n, B, D), all from one start (B, C, H, W)."""
     every = z.flatten(0, 1)
     images = {"decoder": model.decode(every).clamp(-1, 1)}
-    if model.unet is None:
-        return images, {}
-    images["diffusion"] = model.sample(every, noise().repeat(len(z), 1, 1, 1))
-
-    # half the squared difference of two samples is their variance
-    again = model.sample(z[0], noise())
-    errors = {"variance given z": squares(images["diffusion"][:len(x)] - again) / 2}
-
-    # the clean image as the U-Net believes in it, at some ratios of noise to image
-    eps_fn = model.eps_fn(z[0])
-    for ratio in (0.02, 0.05, 0.1, 0.2, 0.4):
-        t = model.sde.t_of_lam(-torch.tensor(ratio).log()).to(x).expand(len(x))
-        x_t = model.sde.add_noise(x, noise(), t)
-        x_0 = x0_from_eps(x_t, eps_fn(x_t, t), t[0], model.sde)
-        errors[f"denoised at {ratio}"] = squares(x_0 - x)
-    return images, errors
+    if model.unet is not None:
+        images["diffusion"] = model.sample(every, start.repeat(len(z), 1, 1, 1))
+    return images
 
 
-def generation(model, data, rows, codes, args):
-    """How well images made of codes (N, D) of rows (N,) show their factors, a dict.
+def generation(model, data, rows, codes, n, seed):
+    """How well images made of the first n codes (N, D) of rows (N,) show their factors, a dict.
 
-    Shares (K,) of factors that a classifier reads right, and errors of pixels. Edited: of factor k
-    the latent that matches it is the next image's, the noise stays.
+    Shares (K,) of factors that a classifier reads right, and errors of pixels. Edited: the latent
+    that matches factor k is the next image's, the noise stays.
     """
-    read, limit = train_reader(data, args.seed)
+    read, limit = train_reader(data, seed)
     y = data.factors(rows)[:, data.varied]                     # (N, K)
     pairs = zip(*match(mutual_information(codes, y)))
-    y = y[:args.generate]
+    y = y[:n]
     y_next = y.roll(-1, 0)
 
     # codes as they are, then those with one factor's latent of the next image
@@ -514,11 +391,8 @@ def generation(model, data, rows, codes, args):
     batches = torch.arange(len(y)).split(10)
     for ids in progress(batches, "generating, 10 images each"):
         x = data.images(rows[ids])
-        noise = seeded_noise([args.seed + i for i in ids.tolist()], x.shape[1:], x.device)
-        images, errors = draw_images(model, z[:, ids], x, noise)
-        for name, error in errors.items():
-            found[name].append(error)
-
+        start = idiff.seeded_noise([seed + i for i in ids.tolist()], x.shape[1:], x.device)()
+        images = draw_images(model, z[:, ids], start)
         found["image laplacian"].append(laplacian(x))
 
         # how sharp images of the codes as they are look, and what all of them show
@@ -533,7 +407,7 @@ def generation(model, data, rows, codes, args):
             found[network].append((seen[0] == y[ids]).float())
             found[f"{network}, edited"].append(edited.diagonal(dim1=0, dim2=2).float())
 
-    # means over images: of factors a row each, of pixels one number
+    # means over images: a row for the shares of each kind, one number for pixels
     names = [*(data.factor_names[k] for k in data.varied), "mean"]
     shares, pixels = {}, {}
     for name, parts in found.items():
@@ -548,31 +422,90 @@ def generation(model, data, rows, codes, args):
 # ---- The report ----
 
 # It is a dict: "metrics" and, for comparison, "noise_floor" and "..._on_draws", each with
-# the names of NAMES as keys; "per_factor"; what a checkpoint says of itself; "generation".
+# the names of NAMES as keys; "per_factor"; what a checkpoint says of itself; "generation". Its
+# "arrays" are what pictures show; they stay out of metrics.json.
 
-def without_trees(codes, factors, n_bins):
-    """The paper's metrics but DCI's, a dict."""
+def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name="model"):
+    """The report of a model on its data, a dict, see above. ValueError for data without factors.
+
+    n: how many random images to encode; n_bins: of latents, and of factors that are numbers; trees:
+    whether to fit DCI's, which takes most of the time; generate: how many images to generate and
+    judge; name: what the report calls the model.
+    """
+    check_counts(n, generate, n_bins)
+    cfg = model.cfg
+    if not data.factor_names or (generate and not len(data.varied)):
+        raise ValueError(f"'{name}': MIG, MCC, DCI and modularity need factors, --generate those "
+                         f"of 2 to 1,000 values, and {data.name} has none. Pass others by --data; "
+                         "interpolate.py needs none.")
+
+    # random images of the grid, then as many modulated draws; the data's own u draws all rows
+    # alike, which needs no second look
+    n = min(n, len(data))
+    generator = torch.Generator(data.device).manual_seed(seed)
+    rows = torch.randperm(len(data), generator=generator, device=data.device)[:n]
+    drawn_by = cfg.u if len(data.varied) else "own"
+    n_drawn = 0 if drawn_by == "own" else min(n, N_SCORES)
+    drawn, u = data.draw(n_drawn, generator, drawn_by, cfg.u_scale)
+    codes, samples = encode(model, data, torch.cat([rows, drawn]), seed)
+    factors = data.factors(rows).cpu().numpy()
+    factors_drawn = data.factors(drawn).cpu().numpy()
+
+    # u as if it were a code: its centres, or else its scales, which come before
+    draws = {}
+    if n_drawn:
+        u = u[:, -len(data.varied):].cpu().numpy()
+        draws = {"encoder_on_draws": (codes[n:], factors_drawn), "u_on_draws": (u, factors_drawn)}
+
+    kind = "means" if cfg.latent == "gaussian" else "modes"
+    result = {"file": name, "data": data.name, "fingerprint": data.fingerprint, "model": cfg.model,
+              "codes": f"{kind} of q(z|x), averaged weights", "config": vars(cfg),
+              "training": model.info}
+    if generate:
+        result["generation"] = generation(model, data, rows, codes[:n], generate, seed)
+    result.update(measure(codes[:n], factors, data.factor_names, draws, seed, n_bins, trees))
+    return finished(result, codes[:n], samples[:n], factors, factors_drawn, n_bins)
+
+
+def report_of_codes(codes, factors, names, n=N_DCI, seed=0, n_bins=20, trees=True, name="codes"):
+    """The same for codes (N, D) and factors (N, K) of somebody else's model."""
+    check_counts(n, 0, n_bins)
+    data = f"factors of {Path(name).name} {idiff.fingerprint(factors)[:8]}"
+    result = {"file": name, "data": data, "model": "codes", "codes": "as they are", "config": {}}
+    rows = np.random.default_rng(seed).permutation(len(codes))[:n]
+    codes, factors = codes[rows], factors[rows]
+    result.update(measure(codes, factors, names, {}, seed, n_bins, trees))
+    return finished(result, codes, codes, factors, factors[:0], n_bins)
+
+
+def check_counts(n, generate, n_bins):
+    """ValueError unless these can be."""
+    if n < 3 or generate < 0 or not 2 <= n_bins <= 1000:
+        raise ValueError("--n must be at least 3, --generate 0, --n-bins 2 to 1,000: got "
+                         f"{n}, {generate} and {n_bins}.")
+
+
+def fast_metrics(codes, factors, n_bins):
+    """The paper's metrics but DCI's, which needs trees, a dict."""
     return {"mig": mig(codes, factors, n_bins),
             "mcc": mcc(codes, factors),
             "modularity": modularity(codes, factors, n_bins)}
 
 
-def measure(s, args):
-    """The numbers of the report, a dict, of what of_checkpoint or of_codes gives."""
-    codes, factors = s["codes"], s["factors"]
-    n_bins = args.n_bins
+def measure(codes, factors, names, draws, seed, n_bins, trees):
+    """The numbers of a report, a dict. draws: {name: (codes, factors)} to compare with."""
     std = codes.std(axis=0)
 
     # DCI takes up to 15,000 rows
     scores = dict.fromkeys(NAMES, np.nan)
-    if not args.no_dci:
-        scores.update(dci(codes[:N_DCI], factors[:N_DCI], args.seed, n_bins))
+    if trees:
+        scores.update(dci(codes[:N_DCI], factors[:N_DCI], seed, n_bins))
 
     # the others take 10,000, also with codes shuffled among images: the floor of noise
-    noise = np.random.default_rng(args.seed).permutation(codes)
+    noise = np.random.default_rng(seed).permutation(codes)
     if len(codes) <= N_DCI:
         codes, noise, factors = codes[:N_SCORES], noise[:N_SCORES], factors[:N_SCORES]
-    scores.update(without_trees(codes, factors, n_bins))
+    scores.update(fast_metrics(codes, factors, n_bins))
 
     # which latent knows which factor
     share = known_share(codes, factors, n_bins)
@@ -580,98 +513,43 @@ def measure(s, args):
     corr = correlation(codes, factors)
     matched = {j: i for i, j in zip(*match(corr))}
     per_factor = {}
-    for j, name in enumerate(s["names"]):
+    for j, name in enumerate(names):
         best = share[:, j].argmax()
         per_factor[name] = {"latent": best, "mi_over_h": share[best, j], "gap": gap[j],
                             "rho": corr[best, j], "mcc_latent": matched.get(j)}
 
-    return {**s["info"], "metrics": scores,
-            "noise_floor": without_trees(noise, factors, n_bins),
-            **{name: without_trees(*pair, n_bins) for name, pair in s["draws"].items()},
+    return {"metrics": scores,
+            "noise_floor": fast_metrics(noise, factors, n_bins),
+            **{name: fast_metrics(*pair, n_bins) for name, pair in draws.items()},
             "per_factor": per_factor, "n": len(codes),
-            "n_active": (std >= 0.05 * std.max()).sum(), "latent_std": std, "mi_over_h": share}
+            "n_active": (std >= 0.05 * std.max()).sum(), "latent_std": std, "mi_over_h": share,
+            "seed": seed, "n_bins": n_bins,
+            "scikit-learn": version("scikit-learn")}           # whose trees are DCI's
 
 
-def holds(path):
-    """Whether a path is a "report", "codes" or a "checkpoint", by its content, whole or damaged."""
-    start = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(99)                # an archive begins with its first file's name
-    if start.startswith(b"{"):
-        return "report"
-    return "codes" if b".npy" in start else "checkpoint"
+def finished(result, codes, samples, factors, drawn, n_bins):
+    """A report in plain numbers, None for NaN, with the arrays that its pictures show."""
+    text = json.dumps(result, default=lambda a: a.tolist())
+    result = json.loads(text, parse_constant=lambda nan: None)
 
-
-def read_report(path, args):
-    """A metrics.json as it is; ValueError if it is damaged or a flag asks for more."""
-    plain = build_parser().parse_args(["-"])
-    plain.paths, plain.out = args.paths, args.out
-    if args != plain:
-        raise ValueError(f"'{path}' is a report already: --n, --generate, --n-bins, --no-dci, "
-                         "--seed, --data and --device need the checkpoint.")
-    try:
-        result = json.loads(path.read_text("utf-8"))
-        format_report(result)
-    except Exception as error:                   # of json, or of whatever is missing: many
-        reason = f"{type(error).__name__}, {in_one_line(error)}"
-        raise ValueError(f"'{path}' is no report of evaluate.py, or is damaged: {reason}. Make it "
-                         "again of the checkpoint.") from None
+    # pictures show classes, in modulated draws the same ones
+    every = np.vstack([factors, drawn])
+    _, every = as_arrays(every, every, n_bins)
+    n = len(factors)
+    result["arrays"] = {"codes": codes, "samples": samples, "factors": every[:n],
+                        "drawn": every[n:]}
     return result
 
 
-def report(path, args, load=load_data):
-    """The report of one file, a dict, and what it was made of: None if it was read as it is."""
-    if args.n < 3 or args.generate < 0 or not 2 <= args.n_bins <= 1000:
-        raise ValueError("--n must be at least 3, --generate 0, --n-bins 2 to 1,000: got "
-                         f"{args.n}, {args.generate} and {args.n_bins}.")
-    kind = holds(path)
-    if kind == "report":
-        return read_report(path, args), None
-
-    s = of_codes(path, args) if kind == "codes" else of_checkpoint(path, args, load)
-    result = measure(s, args)
-
-    # pictures show classes, in modulated draws the same ones
-    n = len(s["factors"])
-    every = np.vstack([s["factors"], s["drawn"]])
-    _, every = as_arrays(every, every, args.n_bins)
-    s["factors"] = every[:n]
-    s["drawn"] = every[n:]
-    result["file"] = str(path)
-    result["seed"] = args.seed
-    result["n_bins"] = args.n_bins
-    result["scikit-learn"] = version("scikit-learn")       # whose trees are DCI's
-
-    # plain numbers; NaN is no JSON
-    text = json.dumps(result, default=lambda a: a.tolist())
-    return json.loads(text, parse_constant=lambda nan: None), s
-
-
-def write_report(result, s, folder):
-    """metrics.json and pictures, in a folder."""
-    (folder / "metrics.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+def write_report(result, folder):
+    """Write metrics.json and pictures into a folder."""
+    folder = Path(folder)
+    numbers = {name: value for name, value in result.items() if name != "arrays"}
+    (folder / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n", "utf-8")
     pictures = {"latents": draw_latents, "factors": draw_factors, "information": draw_information}
     for name, draw in pictures.items():
         with drawing(folder / f"{name}.png") as picture:
-            draw(result, s).savefig(picture, dpi=150)
-
-
-def table(columns):
-    """A Markdown table, padded to be read as it is; floats with three digits, - for None."""
-    def text(value):
-        if isinstance(value, float):
-            return f"{value:.3f}"
-        return "-" if value is None else str(value)
-
-    padded = []
-    for column in columns:
-        texts = list(map(text, column))
-        width = max(map(len, texts))
-        texts.insert(1, "-" * width)             # below the title
-        padded.append([text.ljust(width) for text in texts])
-    rows = [f"| {' | '.join(row)} |\n" for row in zip(*padded)]
-    return "".join(rows)
+            draw(result).savefig(picture, dpi=150)
 
 
 def format_report(r):
@@ -687,13 +565,13 @@ def format_report(r):
     for key, title in titles.items():
         if key in r:
             columns.append([title, *(r[key].get(name) for name in NAMES)])
-    text += table(columns) + "\n"
+    text += idiff.table(columns) + "\n"
 
     # which latent found which factor
     rows = [["factor", "latent", "MI/H", "gap", "|rho|", "MCC's latent"]]
     for name, row in r["per_factor"].items():
         rows.append([name, *row.values()])
-    text += table(zip(*rows)) + "\n"
+    text += idiff.table(zip(*rows)) + "\n"
 
     # images made of codes, as a classifier reads them
     if "generation" in r:
@@ -702,7 +580,7 @@ def format_report(r):
         for name, row in made["accuracy"].items():
             rows.append([name, *row.values()])
         pixels = [f"{name} {value:.2g}" for name, value in made["pixels"].items()]
-        text += f"{table(zip(*rows))}\n{', '.join(pixels)}\n\n"
+        text += f"{idiff.table(zip(*rows))}\n{', '.join(pixels)}\n\n"
     widths = " ".join(f"{std:.3f}" for std in r["latent_std"])
     return text + f"{r['n_active']} active latents, std: {widths}"
 
@@ -730,7 +608,7 @@ def format_table(title, columns):
         rows.append([f"{name}, n = {len(group)}", *summary(group)])
         if name in PAPER:
             rows.append(["paper", *PAPER[name].split(", ")])
-    return f"{title}\n\n{table(rows)}\n"
+    return f"{title}\n\n{idiff.table(rows)}\n"
 
 
 def format_tables(results):
@@ -755,24 +633,18 @@ def format_tables(results):
 
 # ---- Pictures ----
 
-def panels(n, size=(6, 1.6)):
-    """A figure and its n axes, one above the other, of a size in inches."""
-    from matplotlib.figure import Figure
-    width, height = size
-    figure = Figure((width, n * height), layout="constrained")
-    return figure, figure.subplots(n, squeeze=False)[:, 0]
-
-
-def draw_latents(r, s):
+def draw_latents(r):
     """Histograms of samples of each latent, coloured by the factor it knows most of."""
     from matplotlib import colormaps
     share = np.nan_to_num(np.array(r["mi_over_h"], float))     # None is NaN
-    figure, axes = panels(len(share))
+    figure, axes = idiff.panels(len(share))
+    names = list(r["per_factor"])
+    arrays = r["arrays"]
     for i, ax in enumerate(axes):
         j = share[i].argmax()
-        name = s["names"][j]
-        z = s["samples"][:, i]
-        y = s["factors"][:, j]
+        name = names[j]
+        z = arrays["samples"][:, i]
+        y = arrays["factors"][:, j]
         n_values = y.max() + 1
 
         # stacked by value: a latent that found the factor shows a mode a colour
@@ -785,26 +657,28 @@ def draw_latents(r, s):
     return figure
 
 
-def draw_factors(r, s):
+def draw_factors(r):
     """Share of each value of each factor, among the rows and in modulated draws."""
-    figure, axes = panels(len(s["names"]))
+    names = list(r["per_factor"])
+    arrays = r["arrays"]
+    figure, axes = idiff.panels(len(names))
     for j, ax in enumerate(axes):
-        shown = {"rows as they are": s["factors"][:, j]}
-        if len(s["drawn"]):
-            shown["modulated draws"] = s["drawn"][:, j]
+        shown = {"rows as they are": arrays["factors"][:, j]}
+        if len(arrays["drawn"]):
+            shown["modulated draws"] = arrays["drawn"][:, j]
         last = max(column.max() for column in shown.values())
         edges = np.arange(last + 2) - 0.5
         ax.hist(list(shown.values()), edges, density=True, label=list(shown))
-        ax.set(xlabel=f"share of each {s['names'][j]}, by index", xticks=edges[1::2] - 0.5)
+        ax.set(xlabel=f"share of each {names[j]}, by index", xticks=edges[1::2] - 0.5)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
     return figure
 
 
-def draw_information(r, s):
+def draw_information(r):
     """The matrix MI/H."""
     share = np.array(r["mi_over_h"], float)
-    names = s["names"]
-    figure, [ax] = panels(1, (1.6 + 0.9 * len(names), 4.5))
+    names = list(r["per_factor"])
+    figure, [ax] = idiff.panels(1, (1.6 + 0.9 * len(names), 4.5))
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")   # pale, for black digits
     for (i, j), value in np.ndenumerate(share):
         ax.text(j, i, f"{value:.2f}", ha="center", va="center")
@@ -813,9 +687,57 @@ def draw_information(r, s):
     return figure
 
 
-def run(args):
-    """Report on one path, or tables over many."""
-    load = lru_cache(maxsize=1)(load_data)       # one load for many checkpoints
+# ---- The command line ----
+
+def holds(path):
+    """Whether a path is a "report", "codes" or a "checkpoint", by its content, whole or damaged."""
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(99)                # an archive begins with the name of its first file
+    if start.startswith(b"{"):
+        return "report"
+    return "codes" if b".npy" in start else "checkpoint"
+
+
+def read_report(path):
+    """A metrics.json as it is; ValueError if it is damaged."""
+    try:
+        result = json.loads(path.read_text("utf-8"))
+        format_report(result)
+    except Exception as error:                   # json, or whatever is missing
+        reason = f"{type(error).__name__}, {in_one_line(error)}"
+        raise ValueError(f"'{path}' is no report of evaluate.py, or is damaged: {reason}. Make it "
+                         "again from the checkpoint.") from None
+    return result
+
+
+def report_of_path(path, args, load):
+    """The report of one path; only a computed one has arrays."""
+    kind = holds(path)
+    how = dict(n=args.n, seed=args.seed, n_bins=args.n_bins, trees=not args.no_dci, name=str(path))
+    if kind == "report":
+        plain = build_parser().parse_args(["-"])
+        plain.paths, plain.out = args.paths, args.out
+        if args != plain:
+            raise ValueError(f"'{path}' is a report already: --n, --generate, --n-bins, --no-dci, "
+                             "--seed, --data and --device need the checkpoint.")
+        return read_report(path)
+
+    check_counts(args.n, args.generate, args.n_bins)
+    if kind == "codes":
+        if args.generate or args.data:
+            raise ValueError(f"'{path}' holds codes: --generate and --data need a checkpoint.")
+        return report_of_codes(*read_codes(path), **how)
+
+    device = idiff.pick_device(args.device)
+    model, data = idiff.open_checkpoint(path, device, args.data, load)
+    return report(model, data, generate=args.generate, **how)
+
+
+def start(args):
+    """Report on one path, or tables over many; returns the reports."""
+    load = lru_cache(maxsize=1)(idiff.load_data)     # one load for many checkpoints
     many = len(args.paths) > 1
     measured = [path for path in args.paths if path.exists() and holds(path) != "report"]
     if len({path.resolve().parent for path in measured}) < len(measured):
@@ -825,13 +747,13 @@ def run(args):
     for path in args.paths:
         folder = path.parent if many else args.out or path.parent
         if path in measured:
-            try_folder(folder)
-        result, s = report(path, args, load)
+            idiff.try_folder(folder)
+        result = report_of_path(path, args, load)
         results.append(result)
         if not many:
             print(format_report(result), flush=True)
-        if s:                                    # pictures last: the numbers are out
-            write_report(result, s, folder)
+        if "arrays" in result:                   # pictures last: the numbers are out
+            write_report(result, folder)
             print(f"metrics.json and pictures are in {folder}")
 
     if many:
@@ -839,16 +761,15 @@ def run(args):
         print(text)
         parents = [path.resolve().parent for path in args.paths]
         folder = args.out or Path(os.path.commonpath(parents))
-        try_folder(folder)
+        idiff.try_folder(folder)
         (folder / "tables.md").write_text(text, "utf-8", "replace")
+    return results
 
 
 def main(argv=None):
-    with script("evaluate.py", "--n"), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        run(build_parser().parse_args(argv))
-    for text in sorted({str(warning.message) for warning in caught}):
-        print(f"warning: {text}", file=sys.stderr)
+    """Run the command line. Returns the reports, a list of dicts."""
+    with idiff.script("evaluate.py", "--n"):
+        return start(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: MIT
 """iDiff: an identifiable VAE joined with a score-based diffusion model, in plain PyTorch.
 
-An encoder q(z|x) turns an image into latents z; a prior p(z|u) ties each latent to what an
-auxiliary variable u says of the image's generative factors; a decoder p(x|z) and a VP-SDE
-diffusion U-Net, both conditioned on z, turn latents back into images. Read it downwards:
+An encoder q(z|x) turns an image into latents z. A prior p(z|u) ties the latents to an auxiliary
+variable u, which says something of the factors that the image was made of. A decoder p(x|z) and a
+VP-SDE diffusion U-Net, both conditioned on z, turn latents back into images. Read it downwards:
 
-    Config                      what changes a training's numbers, each a flag of train.py
+    Config                      what changes the numbers of a run; most fields are flags of train.py
     Gaussian, Categories        the two kinds of latents, as torch.distributions
-    Encoder, Decoder, PRIORS    the iVAE of Khemakhem et al. 2020 (a VAE where u says nothing)
-    ScoreUNet                   a bare network; t and z modulate it
+    Encoder, Decoder            the networks of the VAE
+    PRIORS                      p(z|u) of the iVAE (Khemakhem et al. 2020)
+    ScoreUNet                   a bare network, modulated by t and z
     VPSDE, SAMPLERS, invert     the diffusion process of Song et al. 2021 and its solvers
-    IDiff                       the model: the terms of Eq. 2 with Eq. 3; encode, decode, sample
-    save_, load_checkpoint      three lines from a file to latents
-    Data, load_data             the modulated draw of rows and u; files
-    script, save_grid           what scripts share: errors in one line, labelled images
+    PREDICTIONS                 what the U-Net's output means, and its loss (Eq. 3)
+    IDiff                       the model: terms of Eq. 2, their weights; encode, decode, sample
+    open_checkpoint             from a file to a model and its data
+    U_KINDS, Data, load_data    the auxiliary variable, the draw of rows, and files
+    script, save_grid           what the scripts share: errors in one line, bars, tables, pictures
     load_shapes3d, _dsprites    replicas of two data sets, an appendix
 
-Equations are those of Kühne & Zemann (2024); their Eq. 1, MIG, is in evaluate.py, and the weighted
-sum of Eq. 2 in train.py. Denoising and reconstruction losses are means over batch, channels and
-pixels; KL is a sum over latents, a mean over the batch. Shape letters: B batch, C image channels,
-H W pixels, F features, D latents, L categories, U entries of u, E embedding, K factors, V values
-of a factor, N images, S sampler steps. Images lie in [-1, 1].
+Equations are those of Kühne & Zemann (2024). Eq. 1, MIG, is in evaluate.py; the weighted sum of
+Eq. 2 is in train.py. Denoising and reconstruction losses are means over batch, channels and pixels;
+KL is a sum over latents and a mean over the batch. Shape letters: B batch, C image channels, H W
+pixels, F features, D latents, L categories, U entries of u, E embedding, K factors, V values of a
+factor, N images, S sampler steps. Images lie in [-1, 1].
 """
 import csv
 import hashlib
@@ -28,77 +30,85 @@ import json
 import math
 import os
 import sys
+import tempfile
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.distributions import Distribution, Normal, OneHotCategorical, kl_divergence
+from torch.distributions import Categorical, Distribution, Normal, OneHotCategorical, kl_divergence
 from torch.nn import functional as F
 
 CHECKPOINT_FORMAT = 4       # raised when what a checkpoint holds changes
-PRIORS = {}                 # p(z|u) by name: each class enters itself below its definition
-DATA_SETS = {}              # functions device -> Data by name, likewise
 
-# Checking the arguments of a distribution makes the host wait for the device at every step.
-Distribution.set_default_validate_args(False)
+# What can be chosen by name. Each class or function enters itself below its definition.
+PRIORS = {}                 # p(z|u)
+PREDICTIONS = {}            # what the U-Net's output means
+U_KINDS = {}                # where u comes from
+DATA_SETS = {}              # functions device -> Data
 
 
 # ---- Configuration ----
 
 def option(default, help, choices=None, least=0, below=1e15):
-    """A dataclass field, also a flag with this help; of choices, or in [least, below)."""
+    """A dataclass field that is also a flag with this help: of choices or in [least, below)."""
     metadata = {"help": help, "choices": choices, "least": least, "below": below}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Config:
-    """What changes the numbers: data shape, model, SDE, loss weights, optimiser, seed."""
-    model: str = option("idiff", "VAE; VAE with p(z|u); that and a U-Net", ("vae", "ivae", "idiff"))
-    latent_dim: int = option(6, "number of latents D", least=1)
-    latent: str = option("gaussian", "kind of latents; the last two: categories, see Categories",
+    """What changes the numbers: shape of the data, model, SDE, loss weights, optimiser, seed."""
+    model: str = option("idiff", "vae: plain VAE; ivae: VAE with a prior p(z|u); idiff: ivae plus "
+                        "a U-Net", ("vae", "ivae", "idiff"))
+    latent_dim: int = option(6, "number of latents D, best the number of factors", least=1)
+    latent: str = option("gaussian", "kind of latents; gumbel and st are categories",
                          ("gaussian", "gumbel", "st"))
-    categories: int = option(16, "categories L of each categorical latent", least=2)
-    prior: str = option("full", "p(z|u): read off u; a net per latent; one net of all u", PRIORS)
-    prior_mean: str = option("auto", "means of p(z|u); auto: zero under --u var, else learned",
+    categories: int = option(16, "number of categories L of each categorical latent", least=2)
+    prior: str = option("full", "p(z|u): one network over all of u, or read off u (known)",
+                        PRIORS)
+    prior_mean: str = option("auto", "means of p(z|u); auto: zero with --u var, else learned",
                              ("auto", "learned", "zero"))
-    u: str = option("mean+var", "own: the data's; var: try --contrast 1 --rec 1 --kl 1e-3",
-                    ("var", "mean+var", "own"))
-    u_scale: float = option(0.3, "smallest scale of a factor; for --paper --contrast 1 try 0.1",
+    u: str = option("mean+var", "what u tells: scales of the factors (try --contrast 1 --rec 1 "
+                    "--kl 1e-3), centres too, or the data's own u", U_KINDS)
+    u_scale: float = option(0.3, "smallest scale that u gives a factor; smaller tells more",
                             least=1e-3, below=1)
-    kl: float = option(1e-5, "lambda_KL, weight of KL(q(z|x) || p(z|u)) in nats per image")
-    rec: float = option(0.25, "lambda_rec, weight of the decoder's mean squared error")
-    contrast: float = option(0.3, "weight of the contrast of z and u, with p(z|u) as the critic")
-    kl_balance: float = option(0.5, "share of KL's gradient that goes to p(z|u)", below=1)
-    kl_reverse: float = option(0.0, "weight of KL(p(z|u) || q(z|x)), as a multiple of KL's own")
-    predict: str = option("residual", "U-Net's output: the noise, or what the decoder's image "
-                          "lacks", ("eps", "residual"))
-    typical: float = option(0.1, "decoder's error, in pixel values, that residual is scaled for",
+    kl: float = option(1e-5, "lambda_KL, weight of KL(q(z|x) || p(z|u)); larger widens q(z|x)")
+    rec: float = option(0.25, "lambda_rec, weight of the decoder's error; larger sharpens")
+    contrast: float = option(0.3, "weight of the contrast of z and u, which makes z tell u")
+    kl_balance: float = option(0.5, "share of the KL's gradient that goes to p(z|u)", below=1)
+    kl_reverse: float = option(0.0, "weight of KL(p(z|u) || q(z|x)), as a multiple of --kl")
+    predict: str = option("residual", "what the U-Net gives: the noise (eps), or what the "
+                          "decoder's image lacks", PREDICTIONS)
+    typical: float = option(0.1, "expected size of the decoder's error, for residual",
                             least=1e-3)
     settle: float = option(0.4, "share of the steps in which encoder and prior first learn alone",
                            below=1)
-    width: int = option(32, "channels of encoder and decoder, finest level", least=1)
-    unet_width: int = option(32, "channels of the U-Net, finest level", least=8)
-    patch: int = option(4, "side in pixels of the space-to-depth stem", (1, 2, 4))
-    batch_size: int = option(128, "images per step, all encoded", least=1)
-    rec_images: int = option(32, "images of each batch in the decoder's loss, 0 for all")
-    ddpm_images: int = option(24, "images of each batch that the U-Net sees, 0 for all")
+    width: int = option(32, "channels of encoder and decoder at their finest level", least=1)
+    unet_width: int = option(32, "channels of the U-Net at its finest level", least=8)
+    patch: int = option(4, "side in pixels of the space-to-depth stem; smaller is finer, slower",
+                        (1, 2, 4))
+    batch_size: int = option(128, "images per step, all of which are encoded", least=1)
+    rec_images: int = option(32, "images of each batch that are decoded; 0 for all")
+    ddpm_images: int = option(24, "images of each batch that the U-Net sees; 0 for all")
     epochs: float = option(1.5, "length in epochs of 480,000 draws")
-    steps: int = option(0, "length in optimiser steps, 0 for what --epochs says")
+    steps: int = option(0, "number of optimiser steps; 0 leaves it to --epochs")
     lr: float = option(2e-3, "peak learning rate of AdamW")
-    muon: float = option(0.03, "that of Muon, for decoder's and U-Net's matrices; 0: AdamW for all")
+    muon: float = option(0.03, "that of Muon, for matrices of decoder and U-Net; 0: AdamW")
     schedule: str = option("cosine", "learning rate after warm-up", ("constant", "cosine"))
     clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
     ema: float = option(0.998, "decay per step of the averaged weights", below=1)
     precision: str = option("float32", "arithmetic", ("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, data and noise", below=2**62)
 
-    # Read off the data: no flags, but for the size.
-    image_size: int = option(64, "side to resize pictures to; a file's keep theirs", least=16)
+    # Read off the data. Only the size is a flag: that to which stored pictures are resized.
+    image_size: int = option(64, "side in pixels to which pictures of a folder or file are resized",
+                             least=16)
     image_channels: int = option(3, "", least=1)
     n_factors: int = option(6, "")
     n_u: int = option(0, "")
@@ -121,7 +131,7 @@ class Config:
             if not fits:
                 raise ValueError(f"{f.name} must be {wanted}, got {value!r}.")
 
-        # what the networks' shapes, and a sum of losses, ask for
+        # what the shapes of the networks, and a sum of losses, ask for
         if self.image_size % 16:
             raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}.")
         if self.unet_width % 8:
@@ -129,40 +139,44 @@ class Config:
         if self.model != "idiff" and self.rec == self.kl == self.contrast == 0:
             raise ValueError("rec, kl and contrast are all 0: nothing would be learned.")
 
-        # a prior must have a u to read, and know how
+        # a prior needs a u that it can read
         if self.u_dim == 0 and (self.model != "vae" or self.u != "own"):
-            raise ValueError(f"--u {self.u} finds nothing: data have {self.n_factors} factors for "
-                             "modulated draws (of at most 1,000 values each) and "
-                             f"{self.n_u} columns of u. Pass a --u that finds some, or of a full "
-                             "grid --factor-sizes; without either train --model vae --u own.")
-        if self.u == "own" and self.prior in ("known", "diagonal"):
-            raise ValueError(f"--prior {self.prior} cannot read --u own. Pass --prior full.")
+            raise ValueError(f"u '{self.u}' has nothing to tell: the data have {self.n_factors} "
+                             f"factors that vary and {self.n_u} columns of u.")
+        if self.u == "own" and self.prior == "known":
+            raise ValueError("prior 'known' cannot read u 'own'. Choose prior 'full'.")
 
     @property
     def z_dim(self):
-        """How many numbers of z decoder and U-Net see: D, or D L one-hot entries."""
+        """How many numbers of z the decoder and the U-Net see: D, or D L one-hot entries."""
         if self.latent == "gaussian":
             return self.latent_dim
         return self.latent_dim * self.categories
 
     @property
+    def kind_of_u(self):
+        """An object of U_KINDS: width of u, draw of rows and u, scales and centres by name."""
+        return U_KINDS[self.u](self.n_factors, self.n_u, self.u_scale)
+
+    @property
     def u_dim(self):
-        """How many entries u has, see Data.draw."""
-        if self.u == "own":
-            return self.n_u
-        return self.n_factors if self.u == "var" else 2 * self.n_factors
+        """How many entries u has."""
+        return self.kind_of_u.width
 
     @property
     def zero_means(self):
-        """Whether p(z|u) has means of 0. (A learned one lets z_i fold, telling |g_i|.)"""
+        """Whether p(z|u) has means of 0. (A learned mean lets a latent fold, telling only |g|.)"""
         return self.prior_mean == "zero" or (self.prior_mean == "auto" and self.u == "var")
 
     @property
+    def settles(self):
+        """Whether encoder and prior first learn alone, which only the contrast can teach them."""
+        return self.model != "vae" and self.contrast > 0 and self.settle > 0
+
+    @property
     def settle_steps(self):
-        """How many first steps are the encoder's and the prior's alone."""
-        if self.model == "vae" or self.contrast == 0:          # nothing would teach them
-            return 0
-        return round(self.settle * self.steps)
+        """How many steps they learn alone."""
+        return round(self.settle * self.steps) if self.settles else 0
 
     @property
     def halvings(self):
@@ -173,14 +187,15 @@ class Config:
 # ---- Latents ----
 
 class Gaussian(Normal):
-    """Independent Gaussian latents of a mean and a log-variance (natural log), (B, D) each.
+    """Independent Gaussian latents with a mean and a log-variance (natural log), (B, D) each.
 
-    Log-variances end at -20 and 20, so that no ratio of variances, as in KL, leaves float32.
+    Log-variances are clamped to [-20, 20], so that no ratio of variances leaves float32. Arguments
+    are not validated, for that makes the host wait for the device at every step.
     """
 
     def __init__(self, mean, logvar):
         self.logvar = logvar.clamp(-20, 20)
-        super().__init__(mean, (0.5 * self.logvar).exp())
+        super().__init__(mean, (0.5 * self.logvar).exp(), validate_args=False)
 
     def detach(self):
         return Gaussian(self.mean.detach(), self.logvar.detach())
@@ -191,14 +206,17 @@ class Gaussian(Normal):
 
 
 class Categories(OneHotCategorical):
-    """Independent categorical latents of logits (B, D, L); codes z are (B, D, L), relaxed one-hot.
+    """Independent categorical latents with logits (B, D, L); codes z are (B, D, L), soft one-hot.
 
-    hard: codes are one-hot, with the relaxed ones' gradient ("st", straight-through).
+    hard: codes are one-hot and have the gradient of the soft ones ("st", straight-through).
     Source: Jang et al. 2017 (Gumbel-softmax), Bengio et al. 2013 (straight-through).
     """
 
     def __init__(self, logits, temperature=1.0, hard=False):
-        super().__init__(logits=logits.clamp(-40, 40))         # lest a probability underflow
+        # as OneHotCategorical does it, but without validation, which would make the host wait
+        logits = logits.clamp(-40, 40)                         # or a probability could underflow
+        self._categorical = Categorical(logits=logits, validate_args=False)
+        Distribution.__init__(self, logits.shape[:-1], logits.shape[-1:], validate_args=False)
         self.temperature = temperature
         self.hard = hard
 
@@ -209,11 +227,11 @@ class Categories(OneHotCategorical):
         return F.gumbel_softmax(self.logits, self.temperature, self.hard)
 
     def log_prob(self, z):
-        """The log-likelihood of each latent, (B, D), also of codes between the categories."""
+        """The log-likelihood of each latent, (B, D); codes may lie between the categories."""
         return (z * self.logits).sum(dim=-1)
 
     def code(self):
-        """The likeliest category's index, and log of the chance that it is another, (B, D) each."""
+        """Index of the likeliest category, log of the chance that it is another, (B, D) each."""
         chance, index = self.probs.max(dim=-1)
         return index.to(chance), (1 - chance).clamp(min=1e-6).log()
 
@@ -221,7 +239,8 @@ class Categories(OneHotCategorical):
 def kl_loss(q, p):
     """KL(q || p) in nats: sum over D, mean over B. Returns shape (). Source: L_KL of Eq. 2.
 
-    q, p: distributions over (B, D) latents. Where torch knows no closed form, by a sample of q.
+    q, p: distributions over (B, D) latents. Where torch knows no closed form, one sample of q
+    estimates it.
     """
     try:
         each = kl_divergence(q, p)                             # (B, D)
@@ -232,7 +251,7 @@ def kl_loss(q, p):
 
 
 def balanced_kl(q, p, share):
-    """KL(q || p) with this share of its gradient for p, the rest for q; 0.5 is the plain KL.
+    """KL(q || p) with this share of its gradient for p and the rest for q; 0.5 is the plain KL.
 
     Source: KL balancing, Hafner et al. 2022.
     """
@@ -245,7 +264,7 @@ def balanced_kl(q, p, share):
 
 
 def contrast_loss(z, p):
-    """-E[log p(z_a|u_a) - log mean_b p(z_a|u_b)], in nats: InfoNCE of z and u, the prior as critic.
+    """-E[log p(z_a|u_a) - log mean_b p(z_a|u_b)] in nats: InfoNCE of z and u, the prior as critic.
 
     z: (B, D), or (B, D, L) categories; p: p(z|u) of N >= B draws, over (N, D), the first B those of
     z. At least -log N; 0 where p does not depend on u; 0 or more on average where z does not.
@@ -260,6 +279,16 @@ def contrast_loss(z, p):
 
 # ---- Encoder and decoder ----
 
+def like_weights(x, module):
+    """x in the precision of the module's weights."""
+    return x.to(next(module.parameters()).dtype)
+
+
+def widened(h):
+    """h in float32 if it has half precision, where sums and exponentials need it; else as it is."""
+    return h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
+
+
 def mlp(*widths):
     """Linear layers from each width to the next, SiLU between them."""
     layers = []
@@ -269,14 +298,14 @@ def mlp(*widths):
 
 
 class Encoder(nn.Module):
-    """q(z|x): images (B, C, H, W) -> a distribution of z, over (B, D), in float32. Never sees u."""
+    """q(z|x): images (B, C, H, W) -> a distribution of z, over (B, D). It never sees u."""
 
     LOGVAR_AT_START = -4.0
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.temperature = 0.3                                 # of Gumbel-softmax; 0.3 at the end
+        self.temperature = 0.3                                 # of Gumbel-softmax, 0.3 at the end
         side = cfg.image_size // 16
 
         # a space-to-depth stem, then halvings
@@ -290,16 +319,16 @@ class Encoder(nn.Module):
                        nn.SiLU()]
             c_in = c_out
 
-        # all that is left goes into each latent's numbers
+        # all that is left goes into the numbers of each latent
         last = mlp(c_in * side**2, 256, cfg.latent_dim * numbers_per_latent(cfg))
         self.net = nn.Sequential(*layers, nn.Flatten(), *last)
 
-        # start narrow if the decoder comes late (settle): at first it would see little but noise
-        if cfg.latent == "gaussian" and cfg.settle_steps:
+        # start narrow if the decoder comes late: at first it would see little but noise
+        if cfg.latent == "gaussian" and cfg.settles:
             nn.init.constant_(last[-1].bias[cfg.latent_dim:], self.LOGVAR_AT_START)
 
     def forward(self, x):
-        h = self.net(x).float()                                # (B, 2 D) or (B, D L)
+        h = widened(self.net(like_weights(x, self)))           # (B, 2 D) or (B, D L)
 
         if self.cfg.latent == "gaussian":
             mean, logvar = h.chunk(2, dim=1)
@@ -313,7 +342,7 @@ OCTAVES = 5
 
 
 def fourier(z):
-    """z (B, D), sines and cosines of 0.15, 0.3 ... 2.4 periods a unit: (B, 11 D)."""
+    """z (B, D), with sines and cosines of 0.15, 0.3 ... 2.4 periods per unit: (B, 11 D)."""
     octave = torch.arange(OCTAVES, device=z.device)
     angle = (z[:, :, None] * 0.3 * math.pi * 2**octave).flatten(1)     # (B, 5 D)
     return torch.cat([z, angle.sin(), angle.cos()], dim=1)
@@ -343,11 +372,11 @@ class Head(nn.Module):
 
         weight = self.mix(emb).unflatten(1, (-1, h.shape[1]))  # (B, C, 8 + extra)
         pixels = torch.bmm(weight, h.flatten(2))               # (B, C, H W)
-        return pixels.unflatten(2, h.shape[2:]).float()
+        return widened(pixels.unflatten(2, h.shape[2:]))
 
 
 class Decoder(nn.Module):
-    """p(x|z): z (B, D), or one-hot codes (B, D L), -> reconstruction (B, C, H, W), float32."""
+    """p(x|z): z (B, D), or one-hot codes (B, D L), -> reconstruction (B, C, H, W)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -369,25 +398,21 @@ class Decoder(nn.Module):
         self.head = Head(c_in, 0, cfg.image_channels, 256, cfg.patch)
 
     def forward(self, z):
-        emb = self.latent(fourier(z))                          # (B, 256)
+        emb = self.latent(like_weights(fourier(z), self))      # (B, 256)
         return self.head(self.net(emb), emb)
 
 
-# ---- The auxiliary variable u, and priors p(z|u) ----
+# ---- Priors p(z|u) ----
 
-def unpack_u(u, cfg):
-    """log_s and m, (B, K) each, which u (B, U) of Data.draw tells; m is 0 where it has none."""
-    u = u.float()
-    scales = u[:, :cfg.n_factors]
-    log_s = 0.5 * (1 - scales) * math.log(cfg.u_scale)
-    m = torch.zeros_like(log_s) if cfg.u == "var" else u[:, cfg.n_factors:]
-    return log_s, m
+def numbers_per_latent(cfg):
+    """Mean and log-variance, or L logits."""
+    return 2 if cfg.latent == "gaussian" else cfg.categories
 
 
 def prior_distribution(cfg, h):
     """p(z|u) of numbers h (B, n, 2 or L), n <= D; latents beyond n are N(0, 1), or uniform."""
     spare = cfg.latent_dim - h.shape[1]
-    h = F.pad(h.float(), (0, 0, 0, spare))                     # (B, D, 2 or L)
+    h = F.pad(widened(h), (0, 0, 0, spare))                    # (B, D, 2 or L)
     if cfg.latent != "gaussian":
         return Categories(h)
     mean, logvar = h.unbind(dim=2)
@@ -396,15 +421,10 @@ def prior_distribution(cfg, h):
     return Gaussian(mean, logvar)
 
 
-def numbers_per_latent(cfg):
-    """Mean and log-variance, or L logits."""
-    return 2 if cfg.latent == "gaussian" else cfg.categories
-
-
 class Prior(nn.Module):
     """p(z|u): u (B, U) -> a distribution over (B, D).
 
-    Here N(0, 1) for every latent, or equal chances, whatever u is: a VAE's prior.
+    Here N(0, 1) for every latent, or equal chances, whatever u is: the prior of a plain VAE.
     """
 
     def __init__(self, cfg):
@@ -412,20 +432,22 @@ class Prior(nn.Module):
         self.cfg = cfg
 
     def forward(self, u):
+        # no numbers: every latent is spare
         nothing = u.new_zeros(len(u), 0, numbers_per_latent(self.cfg))
         return prior_distribution(self.cfg, nothing)
 
 
 class KnownPrior(Prior):
-    """z_i ~ N(m_i, s_i^2), factor i's own centre and scale read off u; nothing is learned.
+    """z_i ~ N(m_i, s_i^2): centre and scale of factor i, read off u. Nothing is learned.
 
-    Categories get that density at L places over [-1, 1]. Latents without a factor: N(0, 1).
+    Categories get that density at L places over [-1, 1]. Latents without a factor have N(0, 1).
     """
 
     def forward(self, u):
-        log_s, m = unpack_u(u, self.cfg)
-        log_s = log_s[:, :self.cfg.latent_dim, None]           # (B, n, 1)
-        m = m[:, :self.cfg.latent_dim, None]
+        # n of D latents have a factor
+        told = self.cfg.kind_of_u.unpack(widened(u))
+        log_s = told["log_scale"][:, :self.cfg.latent_dim, None]       # (B, n, 1)
+        m = told["centre"][:, :self.cfg.latent_dim, None]
 
         if self.cfg.latent == "gaussian":
             h = torch.cat([m, 2 * log_s], dim=2)               # (B, n, 2)
@@ -435,30 +457,11 @@ class KnownPrior(Prior):
         return prior_distribution(self.cfg, h)
 
 
-class DiagonalPrior(Prior):
-    """A small network per latent i, which sees factor i's own scale and centre alone.
-
-    Latents without a factor: N(0, 1).
-    """
-
-    def __init__(self, cfg, hidden=64):
-        super().__init__(cfg)
-        n = min(cfg.n_factors, cfg.latent_dim)
-        self.nets = nn.ModuleList(
-            mlp(2, hidden, hidden, numbers_per_latent(cfg)) for _ in range(n))
-
-    def forward(self, u):
-        log_s, m = unpack_u(u, self.cfg)
-        by_factor = torch.stack([log_s, m], dim=2).unbind(dim=1)       # K of (B, 2)
-        h = torch.stack([net(own) for net, own in zip(self.nets, by_factor)], dim=1)
-        return prior_distribution(self.cfg, h)                 # of (B, n, 2 or L)
-
-
 class FullPrior(Prior):
     """One network over all of u for the means and log-variances of all latents: the paper's.
 
-    A linear map of u, and a small network beside it that starts at 0. The map is random and
-    orthogonal, for a prior that starts independent of u is a saddle of the loss: it stays so.
+    It is a linear map of u plus a small network that starts at 0. The map is random and orthogonal,
+    because a prior that starts independent of u is a saddle of the loss and stays so.
     """
 
     def __init__(self, cfg, hidden=128):
@@ -471,17 +474,17 @@ class FullPrior(Prior):
         nn.init.zeros_(self.net[-1].bias)
         nn.init.zeros_(self.linear.bias)
         weight = self.linear.weight.unflatten(0, (-1, numbers))        # (D, 2 or L, U)
-        for k in range(numbers):                               # means of one map, scales of another
+        for k in range(numbers):                               # one map for means, one for scales
             nn.init.orthogonal_(weight[:, k])
 
     def forward(self, u):
-        u = u.float()
+        u = like_weights(u, self)
         h = self.linear(u) + self.net(u)                       # (B, D * (2 or L))
         h = h.unflatten(1, (self.cfg.latent_dim, -1))
         return prior_distribution(self.cfg, h)
 
 
-PRIORS.update(known=KnownPrior, diagonal=DiagonalPrior, full=FullPrior)
+PRIORS.update(full=FullPrior, known=KnownPrior)
 
 
 # ---- Score U-Net ----
@@ -507,27 +510,26 @@ class ResBlock(nn.Module):
 
 
 class ScoreUNet(nn.Module):
-    """A bare network: x_t (B, C, H, W), t (B,), z (B, D), x_hat -> float32 (B, n C, H, W).
+    """A bare network: x_t (B, C, H, W), t (B,), z (B, D), x_hat -> (B, n C, H, W).
 
-    A U-Net on a space-to-depth stem, halved down to image_size / 16; t and z (of categories the
-    one-hot codes, (B, D L)) enter every block. What it is given and what its output means is up to
-    IDiff.denoise: n is 1 for the noise, 2 for the residual and its gate, and then it sees the
-    decoder's image x_hat, too (Pandey et al. 2022).
+    A U-Net on a space-to-depth stem, halved down to image_size / 16; t and z (the one-hot codes
+    (B, D L) of categories) modulate every block. A class in PREDICTIONS decides whether it sees the
+    decoder's image x_hat beside x_t, how many maps n it gives, and what they mean.
     """
 
     def __init__(self, cfg):
         super().__init__()
         f = cfg.unet_width
-        c = cfg.image_channels
         c_emb = 4 * f
+        prediction = PREDICTIONS[cfg.predict]
+        self.sees_x_hat = prediction.sees_x_hat
         self.patch = cfg.patch
         self.n_freq = f // 2
-        self.sees_x_hat = cfg.predict != "eps"
         self.time = mlp(f, c_emb, c_emb)
         self.latent = mlp((1 + 2 * OCTAVES) * cfg.z_dim, c_emb, c_emb)
 
         # the stem
-        c_seen = 2 * c if self.sees_x_hat else c
+        c_seen = cfg.image_channels * (2 if self.sees_x_hat else 1)
         self.conv_in = nn.Conv2d(c_seen * cfg.patch**2, f, 3, padding=1)
 
         # down and halve run from the stem inwards, grow and up back out
@@ -547,21 +549,25 @@ class ScoreUNet(nn.Module):
         self.middle = nn.ModuleList(ResBlock(w, w, c_emb) for _ in range(2))
         self.start = nn.Linear(c_emb, w * (cfg.image_size // 16)**2)   # a coarse picture of z
 
+        # the maps, which start at 0
+        c_out = cfg.image_channels * prediction.n_maps
         self.norm = nn.GroupNorm(8, f)
-        # as many channels out as in: the noise, or residual and gate; they start at 0
-        self.head = Head(f, c_seen, c_seen, c_emb, cfg.patch)
+        self.head = Head(f, c_seen, c_out, c_emb, cfg.patch)
         nn.init.zeros_(self.head.mix.weight)
         nn.init.zeros_(self.head.mix.bias)
 
     def forward(self, x_t, t, z, x_hat):
         # embedding of t and z
         freq = 1e-4 ** (torch.arange(self.n_freq, device=t.device) / self.n_freq)
-        angle = 1000 * t.float()[:, None] * freq               # (B, F / 2)
+        angle = 1000 * widened(t)[:, None] * freq              # (B, F / 2)
         wave = torch.cat([angle.sin(), angle.cos()], dim=1)    # (B, F)
-        emb = F.silu(self.time(wave) + self.latent(fourier(z)))        # (B, E)
+        of_t = self.time(like_weights(wave, self))
+        of_z = self.latent(like_weights(fourier(z), self))
+        emb = F.silu(of_t + of_z)                              # (B, E)
 
-        # down, keeping each level's features
+        # down, keeping the features of each level
         seen = torch.cat([x_t, x_hat], dim=1) if self.sees_x_hat else x_t
+        seen = like_weights(seen, self)
         h = self.conv_in(F.pixel_unshuffle(seen, self.patch))
         skips = []
         for block, halve in zip(self.down, self.halve):
@@ -615,6 +621,12 @@ class VPSDE:
         q = 2 * self.beta_rise * F.softplus(-2 * lam)
         return q / ((self.beta_min**2 + q).sqrt() + self.beta_min) / self.beta_rise
 
+    def alpha_ratio(self, t):
+        """alpha and sigma / alpha at times (B,), each (B, 1, 1, 1): x_t / alpha = x + ratio eps."""
+        t = t.view(-1, 1, 1, 1)
+        alpha = self.alpha(t)
+        return alpha, self.sigma(t) / alpha
+
     def add_noise(self, x, eps, t):
         """x_t of clean x. x, eps: (B, C, H, W); t: (B,)."""
         t = t.view(-1, 1, 1, 1)
@@ -624,7 +636,7 @@ class VPSDE:
 def time_grid(steps, sde):
     """(steps + 1,) times from 1 down to 1e-3, uniform in sde.lam, the logarithm of signal to noise.
 
-    Any other grid will do, as torch.linspace(1, 1e-3, steps + 1).
+    Samplers take any other grid, too, such as torch.linspace(1, 1e-3, steps + 1).
     """
     ends = torch.tensor([1, 1e-3])
     ts = sde.t_of_lam(torch.linspace(*sde.lam(ends), steps + 1))
@@ -634,7 +646,7 @@ def time_grid(steps, sde):
 
 def seeded_noise(seeds, shape, device):
     """A function giving (B, *shape) noise on device; row k depends on seeds[k] alone."""
-    # of the CPU: the same on any device
+    # drawn on the CPU, so that every device gets the same
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
@@ -754,49 +766,134 @@ def invert(eps_fn, x, ts, sde):
     return sample_dpmpp(eps_fn, x, ts.sort().values, sde)
 
 
+# ---- Parametrisations: what the U-Net's output means ----
+
+class PredictEps:
+    """The network gives the noise of x_t, as in the paper, and does not see the decoder's image.
+
+    A parametrisation decides what the network sees (sees_x_hat: also the decoder's image) and how
+    many maps (B, C, H, W) it gives, what clean image follows, the loss, and at which times it
+    trains. Another one is a subclass in PREDICTIONS.
+    """
+
+    sees_x_hat = False
+    n_maps = 1
+
+    def __init__(self, cfg, sde):
+        self.cfg = cfg
+        self.sde = sde
+
+    def times(self, share):
+        """Times (b,) in (0, 1] to train at, from shares uniform in [0, 1)."""
+        return share.clamp(min=1e-5)
+
+    def denoise(self, unet, x_t, t, z, x_hat):
+        """The clean image (B, C, H, W) that the network believes in; arguments as IDiff.denoise."""
+        alpha, ratio = self.sde.alpha_ratio(t)
+        return x_t / alpha - ratio * unet(x_t, t, z, x_hat)
+
+    def error(self, x_0, x, t):
+        """The error whose mean square is the loss: here that of the noise estimate (Eq. 3 with
+        lambda(t) = sigma^2), given the clean image x and the network's x_0."""
+        _, ratio = self.sde.alpha_ratio(t)
+        return (x_0 - x) / ratio
+
+
+class PredictResidual(PredictEps):
+    """The network gives what the decoder's image lacks, and a gate that lets x_t through.
+
+    EDM's preconditioning (Karras et al. 2022, Table 1) about the decoder's image (Pandey et al.
+    2022). The network sees what x_t / alpha has beyond x_hat: the decoder's error, of typical size
+    r, and noise of size s = sigma / alpha. The gate is r^2 / (r^2 + s^2), as in EDM, where the
+    network does not say otherwise; it can close it where the decoder is right.
+    """
+
+    sees_x_hat = True
+    n_maps = 2
+    RATIOS = (0.01, 3.0)                                       # s that the network is trained on
+
+    def times(self, share):
+        # uniform in the logarithm of the ratio
+        low, high = self.RATIOS
+        share = share.clamp(min=1e-5)
+        log_ratio = math.log(low) + share * math.log(high / low)
+        return self.sde.t_of_lam(-log_ratio)
+
+    def scale(self, ratio):
+        """How large the decoder's error and noise of this ratio are together, typically."""
+        return (self.cfg.typical**2 + ratio.square()).sqrt()
+
+    def denoise(self, unet, x_t, t, z, x_hat):
+        alpha, ratio = self.sde.alpha_ratio(t)
+        offset = x_t / alpha - x_hat
+
+        # samplers start at more noise than the network was trained on: it is told the most it knows
+        told = ratio.clamp(max=self.RATIOS[1])
+        t = self.sde.t_of_lam(-told.log()).flatten()
+        out = unet(offset / self.scale(ratio), t, z, x_hat)    # (B, 2 C, H, W)
+
+        # the decoder's image, the share of the offset that the gate lets through, and the residual
+        typical = self.cfg.typical
+        out, logit = out.chunk(2, dim=1)
+        gate = torch.sigmoid(logit + 2 * (typical / ratio).log())
+        return x_hat + gate * offset + typical * ratio / self.scale(ratio) * out
+
+    def error(self, x_0, x, t):
+        """That of the noise estimate times (r^2 + s^2)^0.5, so that it has a pixel error's size."""
+        _, ratio = self.sde.alpha_ratio(t)
+        return (x_0 - x) / ratio * self.scale(ratio)
+
+
+PREDICTIONS.update(residual=PredictResidual, eps=PredictEps)
+
+
 # ---- The model ----
 
 class IDiff(nn.Module):
-    """The joint model of Eq. 2. cfg.model "vae" and "ivae" have no U-Net (unet is None)."""
-
-    RATIOS = (0.01, 3.0)    # of sigma to alpha, the range that a residual U-Net is trained in
+    """The joint model of Eq. 2. cfg.model "vae" and "ivae" have no U-Net: unet is None."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.info = {}                                         # where a checkpoint comes from
         self.sde = VPSDE()
+        self.prediction = PREDICTIONS[cfg.predict](cfg, self.sde)
         self.encoder = Encoder(cfg)
         self.prior = Prior(cfg) if cfg.model == "vae" else PRIORS[cfg.prior](cfg)
         self.decoder = Decoder(cfg)
         self.unet = ScoreUNet(cfg) if cfg.model == "idiff" else None
 
+    def weights(self, settling=False):
+        """Weights of forward's terms in Eq. 2, by name; a term of weight 0 is left out.
+
+        settling: encoder and prior learn alone. Without a decoder nothing would hold q(z|x) narrow
+        against the KL, which therefore waits.
+        """
+        kl = 0.0 if settling else self.cfg.kl
+        return {"ddpm": 1.0,
+                "rec": self.cfg.rec,
+                "kl": kl,
+                "kl_reverse": kl * self.cfg.kl_reverse,
+                "contrast": self.cfg.contrast}
+
     def forward(self, x, u, t, eps, n_rec=None):
-        """The unweighted terms of Eq. 2 and those beyond it, a dict of float32 scalars.
+        """The unweighted terms of Eq. 2 and those beyond it, a dict of scalars.
 
         x: (B, C, H, W); u: (N, U), N >= B, the first B those of x; t: (b,) and eps: (b, C, H, W)
         with b <= B. The encoder sees all B images, the decoder the first n_rec (None: all), the
         U-Net the first b.
 
         kl: KL(q(z|x) || p(z|u)). rec: the decoder's mean squared error, absent without images for
-        it. ddpm: Eq. 3 with lambda(t) = sigma^2, the mean squared error of the noise estimate; with
-        --predict residual that error times r^2 + s^2, see denoise; absent without a U-Net or t.
-        Beyond the paper, if their weight is not 0: kl_reverse, KL(p || q); contrast, in eval mode
-        always.
+        it. ddpm: Eq. 3, the mean square of prediction.error, absent without a U-Net or t. For the
+        others see latent_terms.
         """
-        cfg = self.cfg
         n_rec = len(x) if n_rec is None else n_rec
         n_ddpm = len(t)
 
         # every image is encoded
         q = self.encoder(x)                                    # over (B, D)
-        p = self.prior(u[:len(x)])                             # over (B, D)
         z = q.rsample().flatten(1)                             # (B, D) or (B, D L)
-        terms = {"kl": balanced_kl(q, p, cfg.kl_balance)}
-        if cfg.kl_reverse:
-            terms["kl_reverse"] = balanced_kl(p, q, 1 - cfg.kl_balance)
-        if cfg.contrast or not self.training:
-            terms["contrast"] = contrast_loss(q.mean, self.prior(u))
+        terms = self.latent_terms(q, z, u)
 
         # the first ones are decoded
         n_decoded = max(n_rec, n_ddpm)
@@ -812,53 +909,36 @@ class IDiff(nn.Module):
             x = x[:n_ddpm]
             x_t = self.sde.add_noise(x, eps, t)
             x_0 = self.denoise(x_t, t, z[:n_ddpm], x_hat[:n_ddpm].detach())
-            _, ratio = self.alpha_ratio(t)
-            error = (x_0 - x) / ratio                          # that of eps_hat
-            if cfg.predict == "residual":
-                error = error * self.scale(ratio)
-            terms["ddpm"] = error.square().mean()
+            terms["ddpm"] = self.prediction.error(x_0, x, t).square().mean()
         return terms
 
-    def alpha_ratio(self, t):
-        """alpha and sigma / alpha at times (B,), (B, 1, 1, 1) each: x_t / alpha = x + ratio eps."""
-        t = t.view(-1, 1, 1, 1)
-        alpha = self.sde.alpha(t)
-        return alpha, self.sde.sigma(t) / alpha
+    def latent_terms(self, q, z, u):
+        """The terms that compare q(z|x) with p(z|u), a dict of scalars.
 
-    def scale(self, ratio):
-        """How large the decoder's error and noise of this ratio are together, typically."""
-        return (self.cfg.typical**2 + ratio.square()).sqrt()
+        q: over (B, D); z: a sample of it, (B, D) or (B, D L); u: (N, U), the first B those of q.
+        kl always; beyond the paper, if their weight is not 0, kl_reverse, KL(p || q), and contrast,
+        which eval mode always gives.
+        """
+        cfg = self.cfg
+        p = self.prior(u[:len(z)])
+        terms = {"kl": balanced_kl(q, p, cfg.kl_balance)}
+        if cfg.kl_reverse:
+            terms["kl_reverse"] = balanced_kl(p, q, 1 - cfg.kl_balance)
+        if cfg.contrast or not self.training:
+            terms["contrast"] = contrast_loss(q.mean, self.prior(u))
+        return terms
 
     def denoise(self, x_t, t, z, x_hat):
         """The clean image (B, C, H, W) that the U-Net believes in, E[x | x_t, z] for the best one.
 
         x_t: (B, C, H, W); t: (B,); z: (B, D), or one-hot codes; x_hat: the decoder's image of z.
-
-        residual: EDM's preconditioning (Karras et al. 2022, Table 1) about the decoder's image. The
-        network sees what x_t / alpha has beyond that: the decoder's error, of typical size r, and
-        noise of size s = sigma / alpha. A gate lets a share of it through, r^2 / (r^2 + s^2) as in
-        EDM where the network does not say otherwise: next to none where the decoder is right.
         """
-        alpha, ratio = self.alpha_ratio(t)
-        if self.cfg.predict == "eps":
-            eps_hat = self.unet(x_t, t, z, x_hat)
-            return x_t / alpha - ratio * eps_hat
-
-        # what the network sees; it is told of no more noise than it was trained on
-        typical = self.cfg.typical
-        offset = x_t / alpha - x_hat
-        told = ratio.clamp(max=self.RATIOS[1])
-        t = self.sde.t_of_lam(-told.log()).flatten()
-        out = self.unet(offset / self.scale(ratio), t, z, x_hat)               # (B, 2 C, H, W)
-
-        out, logit = out.chunk(2, dim=1)
-        gate = torch.sigmoid(logit + 2 * (typical / ratio).log())
-        return x_hat + gate * offset + typical * ratio / self.scale(ratio) * out
+        return self.prediction.denoise(self.unet, x_t, t, z, x_hat)
 
     def encode(self, x):
         """Mean and log-variance of q(z|x), (B, D) each, of images x (B, C, H, W) in [-1, 1].
 
-        Of categorical latents: the likeliest category's index, and log of the chance of another.
+        For categorical latents: index of the likeliest category, and log of the chance of another.
         """
         cfg = self.cfg
         wanted = (cfg.image_channels, cfg.image_size, cfg.image_size)
@@ -868,7 +948,7 @@ class IDiff(nn.Module):
         return self.encoder(x).code()
 
     def embed(self, z):
-        """What the networks see of codes z (B, D): z itself, or its categories' one-hot codes."""
+        """What the networks see of codes z (B, D): z itself, or the one-hot codes of categories."""
         if self.cfg.latent == "gaussian":
             return z
         index = z.round().long().clamp(0, self.cfg.categories - 1)
@@ -885,11 +965,12 @@ class IDiff(nn.Module):
         if self.unet is None:
             raise ValueError(f"model {self.cfg.model!r} has no diffusion U-Net to sample from. "
                              "Use decode, or train with --model idiff.")
+        # what does not change from step to step
         x_hat = self.decode(z)
         z = self.embed(z)
 
         def eps_fn(x_t, t):
-            alpha, ratio = self.alpha_ratio(t)
+            alpha, ratio = self.sde.alpha_ratio(t)
             x_0 = self.denoise(x_t, t, z, x_hat)
             return (x_t / alpha - x_0) / ratio
         return eps_fn
@@ -903,6 +984,13 @@ class IDiff(nn.Module):
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
         eps_fn = self.eps_fn(z)
+        size = self.cfg.image_size
+        wanted = (len(z), self.cfg.image_channels, size, size)
+        if start.shape != wanted or steps < 1:
+            raise ValueError(f"start must be {wanted} and steps at least 1, got "
+                             f"{tuple(start.shape)} and {steps}.")
+
+        # along the grid of times
         ts = time_grid(steps, self.sde).to(start)
         x = SAMPLERS[sampler](eps_fn, start, ts, self.sde, noise)
 
@@ -918,13 +1006,14 @@ def save_checkpoint(path, model, ema, **state):
     content = {"format": CHECKPOINT_FORMAT, "config": asdict(model.cfg), "info": model.info,
                "model": model.state_dict(), "ema": ema.state_dict(), **state}
     # into another file first, so that a crash or a full disk leaves the old checkpoint whole
-    partial = Path(f"{path}.partial")
+    partial_path = Path(f"{path}.partial")
     try:
-        torch.save(content, partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:                   # torch's are RuntimeErrors
-        partial.unlink(missing_ok=True)
-        raise OSError(f"'{path}' not written, what it held is kept: {error.__context__ or error}")
+        torch.save(content, partial_path)
+        os.replace(partial_path, path)
+    except (OSError, RuntimeError) as error:                   # torch raises RuntimeErrors
+        partial_path.unlink(missing_ok=True)
+        raise OSError(f"'{path}' was not written, what it held is kept: "
+                      f"{error.__context__ or error}")
 
 
 def check_content(content):
@@ -936,7 +1025,7 @@ def check_content(content):
     with torch.device("meta"):                                 # takes no memory
         model = IDiff(Config(**content["config"]))
     for weights in (content["model"], content["ema"]):
-        # strict, each name and shape; dict(), for torch notes assign=True in what it is given
+        # strict, each name and shape; dict(), because torch writes assign=True into its argument
         model.load_state_dict(dict(weights), assign=True)
 
 
@@ -948,21 +1037,52 @@ def read_checkpoint(path, device="cpu"):
     try:
         content = torch.load(path, map_location=device, weights_only=True)     # runs no code
         check_content(content)
-    except Exception as error:                                 # many kinds, none the user's
+    except Exception as error:         # whatever torch raises, the file is at fault
         reason = f"{type(error).__name__}, {in_one_line(error)}".split(". ")[0]
         raise ValueError(f"'{path}' is not an iDiff checkpoint of this version, or is damaged "
-                         f"({reason}). Train it again, pass another or, if a file of your own "
-                         "changes idiff, go through that.") from None
+                         f"({reason}). Train it again, or pass another; if a file of your own "
+                         "changes idiff, run it through that file.") from None
     return content
 
 
 def load_checkpoint(path, device="cpu"):
     """The IDiff model, with model.cfg and model.info, in eval mode with averaged (EMA) weights."""
+    # the averaged weights: training goes on from others
     content = read_checkpoint(path, device)
     model = IDiff(Config(**content["config"])).to(device)
     model.load_state_dict(content["ema"])
     model.info = content["info"]
     return model.eval().requires_grad_(False)
+
+
+def data_of(info, path, device="cpu", data=None, load=None):
+    """The Data that a checkpoint's info tells of, where they were or beside it; or those given.
+
+    data: a Data, or a name or path. load: load_data, or a function like it that keeps what it has.
+    """
+    if isinstance(data, Data):
+        return data
+    if data is None:
+        name = str(info.get("data_arg", "unknown"))
+        beside = str(Path(path).parent / Path(name).name)      # a folder may have moved with them
+        places = [place for place in (name, beside) if place in DATA_SETS or os.path.exists(place)]
+        if not places:
+            raise FileNotFoundError(f"data of '{path}' not found: neither '{name}' nor '{beside}'. "
+                                    "Pass --data and their path.")
+        data = places[0]
+
+    # resized as they were then
+    load = load or load_data
+    return load(data, device, info.get("image_size"), info.get("factor_sizes"))
+
+
+def open_checkpoint(path, device="cpu", data=None, load=None):
+    """(model, data): load_checkpoint's model and its data, see data_of. Warns of other data."""
+    model = load_checkpoint(path, device)
+    data = data_of(model.info, path, device, data, load)
+    if model.info.get("fingerprint", data.fingerprint) != data.fingerprint:
+        warnings.warn(f"'{path}' was trained on {model.info['data']}, not on {data.name}.")
+    return model, data
 
 
 def pick_device(name=None, index=None):
@@ -973,7 +1093,7 @@ def pick_device(name=None, index=None):
         device = torch.device(name, index) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).cpu()                    # the only sure way to know
         return device
-    except Exception as error:                                 # of torch: many
+    except Exception as error:         # torch raises many kinds here
         raise ValueError(f"--device {name} cannot be used: {in_one_line(error)}. Try --device "
                          "cpu.") from None
 
@@ -994,7 +1114,7 @@ def check_memory(need, device):
     else:
         free = 1024 * read_number("/proc/meminfo", "MemAvailable:")            # it counts in kB
 
-        # a container's own limit, by cgroups of version 2 or 1; files in memory make room
+        # the limit of a container, by cgroups of version 2 or 1; files in memory make room
         for limit, used in (("/sys/fs/cgroup/memory.max", "anon"),
                             ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "total_rss")):
             in_use = read_number(Path(limit).with_name("memory.stat"), used)
@@ -1004,15 +1124,79 @@ def check_memory(need, device):
                           f"free on {device}. Free some, or take less.")
 
 
-# ---- Data: the modulated draw ----
+# ---- Kinds of u, and the modulated draw ----
+
+class ScalesU:
+    """u of a modulated draw that tells the scale of each factor (--u var).
+
+    Every draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, here 0. A
+    value g of the factor then has probability ∝ exp(-((g - m) / s)^2 / 2). Another kind of u is a
+    subclass in U_KINDS. n_factors: how many factors vary; n_u: columns of the data's own u.
+    """
+
+    tells_centres = False
+
+    def __init__(self, n_factors, n_u, u_scale):
+        self.n_factors = n_factors
+        self.n_u = n_u
+        self.u_scale = u_scale
+
+    @property
+    def width(self):
+        """How many entries U a u has."""
+        return 2 * self.n_factors if self.tells_centres else self.n_factors
+
+    def draw(self, data, n, generator):
+        """Rows (n,) and their u (n, U): log-scales, mapped to [-1, 1], then any centres."""
+        of_s, of_m = torch.rand(2, n, len(data.sizes), generator=generator, device=data.device)
+        log_s = of_s * math.log(self.u_scale)                                  # (n, K)
+        m = 2 * of_m - 1 if self.tells_centres else torch.zeros_like(of_m)
+        rows = data.modulate(log_s.exp(), m, generator)
+
+        # u tells of the factors that vary
+        told = [1 - 2 * log_s / math.log(self.u_scale)]
+        if self.tells_centres:
+            told.append(m)
+        return rows, torch.cat([each[:, data.varied] for each in told], dim=1)
+
+    def unpack(self, u):
+        """{"log_scale": log s, "centre": m}, (B, K) each, of u (B, U)."""
+        scales = u[:, :self.n_factors]
+        centres = u[:, self.n_factors:] if self.tells_centres else torch.zeros_like(scales)
+        return {"log_scale": 0.5 * (1 - scales) * math.log(self.u_scale), "centre": centres}
+
+
+class CentresU(ScalesU):
+    """u that also tells the centres, uniform in [-1, 1] (--u mean+var)."""
+
+    tells_centres = True
+
+
+class OwnU(ScalesU):
+    """The data's own u: all rows are equally likely, and u is theirs (--u own)."""
+
+    @property
+    def width(self):
+        return self.n_u
+
+    def draw(self, data, n, generator):
+        rows = torch.randint(len(data), (n,), generator=generator, device=data.device)
+        return rows, data.u[rows]
+
+    def unpack(self, u):
+        raise ValueError("the data's own u does not tell scales and centres of factors.")
+
+
+U_KINDS.update({"var": ScalesU, "mean+var": CentresU, "own": OwnU})
+
 
 class Data:
-    """Images on a device, by row, and the modulated draw of rows and u.
+    """Images on a device, by row, with their factors and u, and the draw of rows for training.
 
     sizes: {factor's name: how many values, or these values, rising}; image_shape: (C, S, S), S a
     multiple of 16; images: function rows (B,) -> (B, C, S, S) in [-1, 1]; factors: (N, K) int64,
     the index of each image's values, or None for the full factor grid, row-major; u: (N, U), the
-    data's own, or None; note: how they were read.
+    data's own, or None; note: how they were read. A Data can be pickled if images can.
     """
 
     def __init__(self, name, sizes, image_shape, images, device, factors=None, u=None,
@@ -1026,6 +1210,12 @@ class Data:
         self.device = device
         self.fingerprint = fingerprint or f"{name} 1"          # raised when a replica changes
         self.note = note
+        self.source = {}                                       # what load_data was given
+
+        _, height, width = image_shape
+        if height != width or height % 16:
+            raise ValueError(f"images of {name} are {height} x {width} pixels; wanted are squares "
+                             "with a side that is a multiple of 16.")
 
         # a row of the full grid has the number sum of index * stride
         self.sizes = torch.tensor(self.factor_sizes, dtype=torch.int64, device=device)
@@ -1035,7 +1225,7 @@ class Data:
         if most > 1000 or math.prod(self.factor_sizes) >= 2**63:
             self.varied = self.varied[:0]                      # too many for a modulated draw
 
-        # each factor's values, spread over [-1, 1]; V is the largest number of values
+        # the values of each factor, spread over [-1, 1]; V is the largest number of values
         value = torch.arange(most, device=device)                              # (V,)
         last = self.sizes[:, None] - 1                                         # (K, 1)
         self.grid = 2 * value / last.clamp(min=1) - 1                          # (K, V)
@@ -1054,48 +1244,30 @@ class Data:
         return len(self.table)
 
     def factors(self, rows):
-        """(B, K) int64, the index of each factor's value, of rows (B,)."""
+        """(B, K) int64, the index of each factor's value, for rows (B,)."""
         if self.table is None:
             return rows[:, None] // self.strides % self.sizes
         return self.table[rows]
 
     def draw(self, n, generator, u="mean+var", u_scale=0.3):
-        """Rows (n,) of n modulated draws, and their u (n, U).
+        """Rows (n,) and their u (n, U), drawn as a kind of u says, see U_KINDS."""
+        kind = U_KINDS[u](len(self.varied), self.u.shape[1], u_scale)
+        return kind.draw(self, n, generator)
 
-        Each draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, 0 or, with
-        "mean+var", uniform in [-1, 1]. A value g of the grid has probability ∝ exp(-((g - m) / s)^2
-        / 2), in a grid with gaps among the values still left. u: the log-scales, scaled to
-        [-1, 1], then, if any, the centres. With "own" all rows are equally likely, and u is theirs.
+    def modulate(self, s, m, generator):
+        """Rows (n,) drawn with probability ∝ exp(-sum_k ((g_k - m_k) / s_k)^2 / 2); s, m: (n, K).
+
+        Each factor in turn takes a value. On the full grid every combination of values is a row. On
+        a grid with gaps it is not: having chosen the values of the first factors, the rows left are
+        those whose numbers lie in one interval [low, low + stride). Each value of the next factor
+        is a part of that interval, and exists if two binary searches in the sorted numbers find a
+        row in it. So a draw costs K searches, not N comparisons. Rows with equal factors are
+        equally likely.
         """
-        if u == "own":
-            rows = torch.randint(len(self), (n,), generator=generator, device=self.device)
-            return rows, self.u[rows]
-
-        of_s, of_m = torch.rand(2, n, len(self.sizes), generator=generator, device=self.device)
-        log_s = of_s * math.log(u_scale)                                       # (n, K)
-        m = 2 * of_m - 1 if u == "mean+var" else torch.zeros_like(of_m)
-
         # the largest of logits plus Gumbel noise is a draw from their softmax
-        s = log_s.exp()[:, :, None]                                            # (n, K, 1)
-        distance = (self.grid - m[:, :, None]) / s                             # (n, K, V)
+        distance = (self.grid - m[:, :, None]) / s[:, :, None]                 # (n, K, V)
         exponential = torch.empty_like(distance).exponential_(generator=generator)
         scores = -0.5 * distance.square() - exponential.log()
-        rows = self._pick(scores, generator)
-
-        # what u tells of the factors that vary
-        scales = 1 - 2 * log_s / math.log(u_scale)
-        told = [scales, m] if u == "mean+var" else [scales]
-        return rows, torch.cat([each[:, self.varied] for each in told], dim=1)
-
-    def _pick(self, scores, generator):
-        """Rows (n,): each factor in turn takes its highest score (n, K, V) among rows left.
-
-        On the full grid every combination of values is a row. On a grid with gaps it is not: having
-        chosen the values of the first factors, the rows left are those whose numbers lie in one
-        interval [low, low + stride). Each value of the next factor is a part of that interval, and
-        exists if two binary searches in the sorted numbers find a row in it. So a draw costs K
-        searches, not N comparisons. Rows with equal factors are equally likely.
-        """
         if self.table is None:
             return (scores.argmax(dim=2) * self.strides).sum(dim=1)
 
@@ -1125,30 +1297,34 @@ KEYS = {"images": ("imgs", "images"),
         "factor_names": ("factor_names",)}
 
 
-def load_data(name="shapes3d", device="cpu", progress=lambda iterable, **kwargs: iterable,
-              image_size=None, factor_sizes=None):
+def load_data(name="shapes3d", device="cpu", image_size=None, factor_sizes=None):
     """The Data of a name in DATA_SETS, or of a file, whose images are resized to image_size.
 
     image_size None: a file's images to the next multiple of 16, a folder's pictures to 64.
     factor_sizes: numbers of values where an .npz or .h5 file lists no factors, but is their full
     grid, the last changing fastest.
     Files: the real 3dshapes.h5, the real dSprites .npz, or one's own .npz or .h5, see check_arrays;
-    or a folder, see read_folder. progress wraps iterables, as tqdm. OSError, ValueError,
-    MemoryError.
+    or a folder, see read_folder. Raises OSError, ValueError, MemoryError.
     """
     device = torch.device(device)
     if name in DATA_SETS:
-        return DATA_SETS[name](device)
-    if not os.path.exists(name):
-        raise FileNotFoundError(f"data not found: '{name}'. Pass {', '.join(DATA_SETS)}, or the "
-                                "path of an .h5 or .npz file, or of a folder of pictures.")
-    if os.path.isdir(name):
-        arrays = read_folder(name, device, progress, image_size or 64)
+        data = DATA_SETS[name](device)
     else:
-        arrays = read_file(name, device)
-        if factor_sizes:
-            arrays.setdefault("factors", np.argwhere(np.ones(factor_sizes)))
-    return check_arrays(arrays, name, device, image_size)
+        if not os.path.exists(name):
+            raise FileNotFoundError(f"data not found: '{name}'. Pass {', '.join(DATA_SETS)}, or "
+                                    "the path of an .h5 or .npz file, or of a folder of pictures.")
+        if os.path.isdir(name):
+            arrays = read_folder(name, device, image_size or 64)
+        else:
+            arrays = read_file(name, device)
+            if factor_sizes:
+                arrays.setdefault("factors", np.argwhere(np.ones(factor_sizes)))
+        data = check_arrays(arrays, name, device, image_size)
+        name = os.path.abspath(name)
+
+    data.source = {"data_arg": name, "image_size": data.image_shape[1],
+                   "factor_sizes": factor_sizes}
+    return data
 
 
 def read_file(path, device):
@@ -1172,15 +1348,15 @@ def read_file(path, device):
         return arrays
     except (MemoryError, ImportError) as error:
         raise type(error)(f"'{path}' cannot be used as data: {error}") from None
-    except Exception:                                          # of zip, h5, numpy: many
+    except Exception:                  # zip, h5 and numpy raise many kinds
         raise ValueError(f"'{path}' cannot be used as data: it is no .npz or .h5 file of arrays of "
                          "numbers, or is damaged. Save it by np.savez.") from None
 
 
-def read_folder(folder, device, progress, side):
+def read_folder(folder, device, side):
     """{name in KEYS: array} of a folder: one .csv, and the pictures that its column file names.
 
-    Its other columns are numbers: u and u:NAME are u, all others factors. ValueError if not so.
+    The other columns are numbers: u and u:NAME are u, all others factors. ValueError if not so.
     """
     try:
         [path] = Path(folder).glob("*.csv")
@@ -1192,15 +1368,15 @@ def read_folder(folder, device, progress, side):
         numbers = cells[1:, header != "file"].astype(float)
         if not files.size:
             raise ValueError
-    except Exception:                                          # of csv, numpy, the disk: many
+    except Exception:                  # csv, numpy and the disk raise many kinds
         raise ValueError(f"'{folder}' cannot be used as data: a folder must hold one .csv, its "
                          "first row the columns' names, one of them file, then a row for each "
-                         "picture: its file, and numbers. Of words: np.unique(words, "
-                         "return_inverse=True)[1].") from None
+                         "picture: its file, and numbers. For words write "
+                         "np.unique(words, return_inverse=True)[1].") from None
 
     check_memory(6 * len(files) * side**2, device)
     images = [read_picture(Path(folder, name), side)
-              for name in progress(files, desc="reading pictures")]
+              for name in progress(files, "reading pictures")]
 
     names = header[header != "file"]
     is_u = np.char.startswith(np.char.add(names, ":"), "u:")
@@ -1217,7 +1393,7 @@ def read_picture(path, side):
         file = Image.open(path)
         animated = getattr(file, "is_animated", False) and file.format != "MPO"
         picture = ImageOps.exif_transpose(file)                # turned as its camera was held
-    except Exception:                                          # many kinds, as of formats
+    except Exception:                  # each format raises kinds of its own
         raise ValueError(f"'{path}' is no picture that can be read.") from None
     if animated or picture.mode in ("I", "F"):
         raise ValueError(f"'{path}' has several frames, or 32 bits a pixel; wanted is one frame of "
@@ -1229,6 +1405,14 @@ def read_picture(path, side):
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture.convert("RGBA"))
     return np.array(ImageOps.fit(picture.convert("RGB"), (side, side)))
+
+
+def look_up(rows, pixels, white, side):
+    """Images (B, C, side, side) in [-1, 1] of stored pixels (N, H, W, C), white being the most."""
+    x = pixels[rows].permute(0, 3, 1, 2).float() * (2 / white) - 1
+    if x.shape[-1] != side:
+        x = F.interpolate(x, side, mode="bilinear", antialias=True)
+    return x
 
 
 def check_arrays(arrays, path, device, image_size):
@@ -1250,7 +1434,7 @@ def check_arrays(arrays, path, device, image_size):
                          "or 3 channels. Crop them, or drop channels: images[..., :3]; or put "
                          "channels last: images.transpose(0, 2, 3, 1).")
 
-    # pixels as they are stored; what is white is seen from the brightest
+    # pixels as they are stored; the brightest tells what is white
     low, high = images.min(), images.max()
     if not 0 <= low <= high <= 255:                            # nor are they NaN
         raise ValueError(f"'{path}': {found}, from {low} to {high}; wanted are 0 to 1 or 0 to 255. "
@@ -1262,12 +1446,6 @@ def check_arrays(arrays, path, device, image_size):
     n, height, _, channels = images.shape
     side = image_size or -height // 16 * -16                   # the next multiple of 16
     note = f"{found}, from {low} to {high}, {white} is white; used at {side} x {side}"
-
-    def look_up(rows):
-        x = pixels[rows].permute(0, 3, 1, 2).float() * (2 / white) - 1
-        if side != height:
-            x = F.interpolate(x, side, mode="bilinear", antialias=True)
-        return x
 
     # any numbers become the indices 0, 1, ... of a factor's values
     table = check_table(arrays, "factors", n, path)
@@ -1294,12 +1472,13 @@ def check_arrays(arrays, path, device, image_size):
     u = own_u.astype(float)                                    # half precision overflows
     u = (u - u.mean(axis=0)) / u.std(axis=0).clip(1e-9)
     mark = fingerprint(images[::max(1, n // 256)], table, own_u)
-    return Data(f"{Path(path).resolve().name} {mark[:8]}", named, (channels, side, side), look_up,
-                device, torch.from_numpy(factors), torch.from_numpy(u).float(), mark, note)
+    return Data(f"{Path(path).resolve().name} {mark[:8]}", named, (channels, side, side),
+                partial(look_up, pixels=pixels, white=white, side=side), device,
+                torch.from_numpy(factors), torch.from_numpy(u).float(), mark, note)
 
 
 def check_table(arrays, name, n, path):
-    """A stored array as (N, columns), of none if it is absent; ValueError unless finite numbers."""
+    """A stored array as (N, columns), 0 columns if absent; ValueError if not finite numbers."""
     table = arrays.get(name, np.zeros((n, 0)))
     if table.ndim == 1:
         table = table[:, None]
@@ -1307,7 +1486,7 @@ def check_table(arrays, name, n, path):
     if not fits or not np.isfinite(table).all():
         raise ValueError(f"'{path}': {name} are {table.shape} {table.dtype}; wanted is a row of "
                          f"finite numbers for each of {n} images, the product of --factor-sizes if "
-                         "given. Of words: np.unique(words, return_inverse=True)[1].")
+                         "given. For words write np.unique(words, return_inverse=True)[1].")
     return table
 
 
@@ -1319,7 +1498,7 @@ def fingerprint(*arrays):
     return digest.hexdigest()
 
 
-# ---- Scripts ----
+# ---- Scripts: errors, bars, folders, tables and pictures ----
 
 def in_one_line(error):
     """What an error says, in at most 400 characters; Ctrl-C says nothing."""
@@ -1328,38 +1507,110 @@ def in_one_line(error):
 
 @contextmanager
 def script(name, less):
-    """Around a script's main: input that is wrong, Ctrl-C and full memory end it in one line.
+    """Around a script's main: wrong input, Ctrl-C and full memory end it in one line.
 
-    less: the flag that asks for less memory.
+    Warnings become plain lines, each told once. less: the flag that asks for less memory.
     """
+    told = set()
+
+    def tell(message, *_, **__):
+        text = in_one_line(message)
+        if text not in told:
+            print(f"warning: {text}", file=sys.stderr)
+        told.add(text)
+
     if hasattr(sys.stdout, "reconfigure"):                     # notebooks have one of their own
         sys.stdout.reconfigure(errors="replace")               # a terminal may know no "²"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = tell
+        try:
+            yield
+        except (KeyboardInterrupt, ImportError, OSError, ValueError, MemoryError,
+                RuntimeError) as error:
+            text = in_one_line(error)
+            if "allocate" in text:                             # said by torch and by numpy
+                text = f"out of memory: {text}. Free some, or try a smaller {less}."
+            elif isinstance(error, RuntimeError) or sys.flags.dev_mode:
+                raise                                          # python -X dev: with a traceback
+            if isinstance(error, ImportError):
+                text += ". Try: pip install -r requirements.txt"
+            sys.exit(f"{name}: {text}")
+
+
+class Lines:
+    """What tqdm writes, as plain lines for a file."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+
+def progress(iterable, desc=None, **options):
+    """tqdm's bar in a terminal; elsewhere a plain line every half minute. Rank 0 alone shows it."""
+    from tqdm import tqdm
+    options["disable"] = os.environ.get("RANK", "0") != "0"
+    if not sys.stderr.isatty():
+        options.update(file=Lines(), mininterval=30, miniters=1, delay=30,
+                       bar_format="{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}")
+    return tqdm(iterable, desc, **options)
+
+
+def try_folder(folder):
+    """Make a folder; OSError if it, or a file in it, cannot be made."""
+    os.makedirs(folder, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def table(columns):
+    """A Markdown table, padded to be read as it is; floats have three digits, None is "-"."""
+    def text(value):
+        if isinstance(value, float):
+            return f"{value:.3f}"
+        return "-" if value is None else str(value)
+
+    padded = []
+    for column in columns:
+        texts = list(map(text, column))
+        width = max(map(len, texts))
+        texts.insert(1, "-" * width)                           # below the title
+        padded.append([text.ljust(width) for text in texts])
+    rows = [f"| {' | '.join(row)} |\n" for row in zip(*padded)]
+    return "".join(rows)
+
+
+@contextmanager
+def drawing(path):
+    """Around the drawing of a picture: if it fails, a line says that path is missing, no more."""
+    path = Path(path)
     try:
-        yield
-    except (KeyboardInterrupt, ImportError, OSError, ValueError, MemoryError,
-            RuntimeError) as error:
-        text = in_one_line(error)
-        if "allocate" in text:                                 # of torch and numpy
-            text = f"out of memory: {text}. Free some, or try a smaller {less}."
-        elif isinstance(error, RuntimeError) or sys.flags.dev_mode:
-            raise                                              # python -X dev: with a traceback
-        if isinstance(error, ImportError):
-            text += ". Try: pip install -r requirements.txt"
-        sys.exit(f"{name}: {text}")
+        yield path
+    except Exception as error:         # a full disk, or whatever matplotlib raises
+        path.unlink(missing_ok=True)                           # a part of it, or an older one
+        print(f"{path} is missing: {in_one_line(error)}", file=sys.stderr)
 
 
-# ---- Pictures ----
+def panels(n, size=(6, 1.6)):
+    """A figure and its n axes, one above the other, of a size in inches."""
+    from matplotlib.figure import Figure
+    width, height = size
+    figure = Figure((width, n * height), layout="constrained")
+    return figure, figure.subplots(n, squeeze=False)[:, 0]
+
 
 def save_grid(file, images, rows, columns):
     """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""
     from matplotlib.figure import Figure
+    try:
+        from torchvision.utils import make_grid
+    except (ImportError, RuntimeError) as error:               # one that was made for another torch
+        raise ImportError(f"torchvision does not fit torch {torch.__version__}: {error}. Try: pip "
+                          "install -r requirements.txt") from None
     n_rows = len(rows)
     n_columns = len(columns)
     pixels = (images.cpu().clamp(-1, 1) * 127.5 + 127.5).round().byte()
     pixels = F.pad(pixels, [1] * 4, value=255)                 # half a gap around each
-    grid = pixels.unflatten(0, (n_rows, n_columns)).permute(0, 3, 1, 4, 2)
-    grid = grid.flatten(2, 3).flatten(0, 1)                    # (rows H, columns W, C)
-    grid = grid.expand(-1, -1, 3).numpy()
+    grid = make_grid(pixels, n_columns, padding=0).permute(1, 2, 0).numpy()    # (.., .., 3)
 
     # whole multiples of a pixel, so that all are shown equally large
     zoom = max(1, round(128 / images.shape[-1]))
@@ -1388,6 +1639,13 @@ SHAPES = ((0.46, 0.46, 0.03),
 LIGHT = torch.tensor([-0.34, -0.49, 0.80])[:, None]            # unit vector towards the light
 
 
+def grid_factors(rows, sizes):
+    """(B, K), the index of each factor's value in rows (B,) of a full grid {name: size}."""
+    sizes = torch.tensor(list(sizes.values()), device=rows.device)
+    strides = sizes.flip(0).cumprod(0).flip(0) // sizes
+    return rows[:, None] // strides % sizes
+
+
 def load_shapes3d(device):
     """The embedded replica of 3D Shapes (Burgess & Kim 2018): 480,000 images, none stored."""
     planes = render_shapes3d(device=device)                    # (480, 4, 64, 64) uint8
@@ -1397,14 +1655,18 @@ def load_shapes3d(device):
     distance = (hue + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3   # of red, green and blue, (10, 3)
     palette = (distance.abs() - 1).clamp(0.04, 1).to(device)
 
-    def compose(rows):
-        colours = palette[data.factors(rows)[:, :3]]           # (B, 3, 3): floor, wall, object
-        shading = planes[rows % 480].flatten(2).float() / 255                  # (B, 4, H W)
-        x = torch.bmm(colours.transpose(1, 2), shading[:, :3])                 # (B, 3, H W)
-        x = (x + shading[:, 3:]).clamp(0, 1) * 2 - 1                           # white highlights
-        return x.unflatten(2, planes.shape[2:])
-    data = Data("shapes3d replica", SHAPES3D, (3, 64, 64), compose, device)
-    return data
+    compose = partial(compose_shapes3d, planes=planes, palette=palette)
+    return Data("shapes3d replica", SHAPES3D, (3, 64, 64), compose, device)
+
+
+def compose_shapes3d(rows, planes, palette):
+    """Images (B, 3, 64, 64) of rows (B,) of the grid: shadings of three parts times their hues."""
+    hues = grid_factors(rows, SHAPES3D)[:, :3]
+    colours = palette[hues]                                    # (B, 3, 3): floor, wall, object
+    shading = planes[rows % 480].flatten(2).float() / 255                      # (B, 4, H W)
+    x = torch.bmm(colours.transpose(1, 2), shading[:, :3])                     # (B, 3, H W)
+    x = (x + shading[:, 3:]).clamp(0, 1) * 2 - 1                               # white highlights
+    return x.unflatten(2, planes.shape[2:])
 
 
 def render_shapes3d(size=64, device="cpu"):
@@ -1543,39 +1805,42 @@ def length(v):
 
 DSPRITES = {"colour": 1, "shape": 3, "scale": 6, "orientation": 40, "x": 32, "y": 32}
 
+# Half width, half height, and bend, which pulls an ellipse's sides up to make a heart.
+SPRITES = ((9.5, 9.5, 0.0),
+           (12.0, 7.0, 0.0),
+           (11.0, 9.0, 0.7))
+
 
 def load_dsprites(device):
     """The embedded replica of dSprites (Matthey et al. 2017): 737,280 images, only -1 and 1.
 
     Shapes are square, ellipse and heart; orientation 39 equals 0; no sprite leaves the image.
     """
-    # half width, half height, and bend, which pulls an ellipse's sides up to make a heart
-    sprites = torch.tensor([[9.5, 9.5, 0],
-                            [12, 7, 0],
-                            [11, 9, 0.7]], device=device)
-    pixel = torch.arange(64, device=device)
+    return Data("dsprites replica", DSPRITES, (1, 64, 64), compose_dsprites, device)
 
-    def compose(rows):
-        factors = data.factors(rows)[:, :, None, None]         # (B, 6, 1, 1)
-        _, shape, scale, turn, x, y = factors.unbind(dim=1)
-        width, height, bend = sprites[shape].unbind(dim=-1)
-        grow = 0.5 + scale / 10
-        angle = turn % 39 * (2 * math.pi / 39)
-        cos = angle.cos() / grow
-        sin = angle.sin() / grow
 
-        # pixels from the sprite's centre, then along its own axes
-        right = pixel - 16 - x
-        up = 16 + y - pixel[:, None]
-        a = right * (cos / width) + up * (sin / width)         # (B, 64, 64)
-        b = up * (cos / height) - right * (sin / height)
+def compose_dsprites(rows):
+    """Images (B, 1, 64, 64) of rows (B,) of the grid: pixels in a moved, turned, grown sprite."""
+    sprites = torch.tensor(SPRITES, device=rows.device)
+    pixel = torch.arange(64, device=rows.device)
+    factors = grid_factors(rows, DSPRITES)[:, :, None, None]   # (B, 6, 1, 1)
+    _, shape, scale, turn, x, y = factors.unbind(dim=1)
+    width, height, bend = sprites[shape].unbind(dim=-1)
+    grow = 0.5 + scale / 10
+    angle = turn % 39 * (2 * math.pi / 39)
+    cos = angle.cos() / grow
+    sin = angle.sin() / grow
 
-        square = torch.maximum(a.abs(), b.abs())
-        heart = b - bend * (a.abs() - 0.16)
-        inside = torch.where(shape == 0, square, a * a + heart * heart) < 1
-        return inside[:, None].float() * 2 - 1
-    data = Data("dsprites replica", DSPRITES, (1, 64, 64), compose, device)
-    return data
+    # pixels from the sprite's centre, then along its own axes
+    right = pixel - 16 - x
+    up = 16 + y - pixel[:, None]
+    a = right * (cos / width) + up * (sin / width)         # (B, 64, 64)
+    b = up * (cos / height) - right * (sin / height)
+
+    square = torch.maximum(a.abs(), b.abs())
+    heart = b - bend * (a.abs() - 0.16)
+    inside = torch.where(shape == 0, square, a * a + heart * heart) < 1
+    return inside[:, None].float() * 2 - 1
 
 
 DATA_SETS.update(shapes3d=load_shapes3d, dsprites=load_dsprites)

@@ -5,7 +5,8 @@
     python interpolate.py runs/NAME/ckpt.pt --swap 12 photo.png --latents scale "object hue"
 
 IMAGE, A and B are row numbers of the data or paths of pictures. Their latents are the encoder's
-means, and diffusion keeps their noise, which the ODE run backwards finds.
+means, and diffusion keeps their noise, which the ODE run backwards finds. In Python: traverse, swap
+and between return images with labels, (images, rows, columns), for idiff.save_grid.
 """
 import argparse
 import io
@@ -16,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import (as_arrays, drawing, entropies, find_data, match, mutual_information, progress,
-                      try_folder, warn_of_other_data)
-from idiff import (SAMPLERS, invert, load_checkpoint, load_data, pick_device, read_picture,
-                   save_grid, script, seeded_noise, time_grid)
+import idiff
+from evaluate import as_arrays, entropies, match, mutual_information
+from idiff import drawing, progress
 
 
 def build_parser():
@@ -34,8 +34,9 @@ def build_parser():
         help="which to traverse or swap: z3, 3, or its factor (default: all)")
     add("--columns", type=int, default=10, help="images per row (default: 10)")
     add("--steps", type=int, help="sampler steps (default: 20; 50 for given images)")
-    add("--sampler", choices=SAMPLERS, default="dpmpp", help="(default: dpmpp)")
-    add("--seed", type=int, default=0, help="of rows encoded, base image and noise (default: 0)")
+    add("--sampler", choices=idiff.SAMPLERS, default="dpmpp", help="(default: dpmpp)")
+    add("--seed", type=int, default=0,
+        help="seed of the rows encoded, the base image and the noise (default: 0)")
     add("--data", help="name or path of the data (default: those the model was trained on)")
     add("--out", type=Path, help="folder of the pictures (default: the checkpoint's)")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
@@ -45,7 +46,13 @@ def build_parser():
 # ---- Images, latents and their names ----
 
 def read_image(name, data):
-    """Image (C, H, W) of a row number, or the centre of a picture at the data's size."""
+    """Image (C, H, W) of a row number, or the centre of a picture at the data's size.
+
+    name: a text, or an image (C, H, W), which is returned as it is.
+    """
+    if torch.is_tensor(name):
+        return name
+    name = str(name)
     if name.isdecimal():
         if int(name) >= len(data):
             raise ValueError(f"row {name} is out of range: {data.name} has {len(data)} rows.")
@@ -54,19 +61,9 @@ def read_image(name, data):
     if not Path(name).exists():
         raise ValueError(f"'{name}' is neither a row number nor the path of a picture.")
     channels, side, _ = data.image_shape
-    pixels = torch.from_numpy(read_picture(name, side)).to(data.device)        # (S, S, 3)
+    pixels = torch.from_numpy(idiff.read_picture(name, side)).to(data.device)  # (S, S, 3)
     image = pixels.permute(2, 0, 1) / 127.5 - 1
     return image if channels == 3 else image.mean(dim=0, keepdim=True)
-
-
-def read_images(names, model, data, steps):
-    """Images (B, C, H, W), latents (B, D), and the noise from which diffusion redraws them."""
-    x = torch.stack([read_image(name, data) for name in names])
-    z, _ = model.encode(x)
-    if model.unet is None:
-        return x, z, x                                         # the last is not used
-    ts = time_grid(steps, model.sde).to(x)
-    return x, z, invert(model.eps_fn(z), x, ts, model.sde)
 
 
 def information(z, p):
@@ -80,7 +77,8 @@ def information(z, p):
     return (own - any_u).mean(dim=0)
 
 
-def survey(model, data, seed):
+@torch.no_grad()
+def survey(model, data, seed=0):
     """2,000 seeded rows (N,), their codes (N, D), and {latent: its name} in the factors' order.
 
     "z3 · scale" if latent 3 matches a factor, else "z3": pairs have the largest sum of mutual
@@ -129,36 +127,52 @@ def choose(wanted, names):
     # in the order that they are asked for
     chosen = {}
     for name in wanted:
-        if name not in known:
+        if str(name) not in known:
             raise ValueError(f"no latent is '{name}'. There are: {', '.join(names.values())}.")
-        chosen[known[name]] = names[known[name]]
+        chosen[known[str(name)]] = names[known[str(name)]]
     return chosen
 
 
-# ---- From latents to pictures ----
+# ---- From latents to images ----
 
-def render(model, z, start, args, keeps_noise=False):
+@torch.no_grad()
+def invert(model, data, names, steps):
+    """Images (B, C, H, W) of names, see read_image, their latents (B, D), and the noise from which
+    diffusion redraws them."""
+    x = torch.stack([read_image(name, data) for name in names])
+    z, _ = model.encode(x)
+    if model.unet is None:
+        return x, z, x                                         # the last is not used
+    ts = idiff.time_grid(steps, model.sde).to(x)
+    return x, z, idiff.invert(model.eps_fn(z), x, ts, model.sde)
+
+
+@torch.no_grad()
+def render(model, z, start, steps, sampler="dpmpp", seed=0, keeps_noise=False):
     """{"decoder": images, "diffusion": images}, (B, C, H, W) each, of z (B, D) and start noise.
 
+    start: one noise for all, or one each; seed: of the noise that a stochastic sampler draws;
     keeps_noise: diffusion ends where invert began, without the last step of model.sample.
     """
     pictures = {"decoder": model.decode(z)}
     if model.unet is None:
         return pictures
+    if keeps_noise and sampler in ("em", "pc"):
+        raise ValueError(f"--sampler {sampler} adds noise and so cannot keep an image's own.")
 
-    # ten at a time, all from one start or each from its own
-    ts = time_grid(args.steps, model.sde).to(z)
+    # ten at a time
+    ts = idiff.time_grid(steps, model.sde).to(z)
     start = start.expand(len(z), *start.shape[1:])
     batches = list(zip(z.split(10), start.split(10)))
     parts = []
     for part, begin in progress(batches, "diffusion, 10 images each"):
         if keeps_noise:
-            sampler = SAMPLERS[args.sampler]
-            x = sampler(model.eps_fn(part), begin, ts, model.sde).clamp(-1, 1)
+            solve = idiff.SAMPLERS[sampler]
+            x = solve(model.eps_fn(part), begin, ts, model.sde).clamp(-1, 1)
         else:
-            seeds = [args.seed + 1] * len(part)                # the same for every image
-            noise = seeded_noise(seeds, begin.shape[1:], begin.device)
-            x = model.sample(part, begin, args.steps, args.sampler, noise)
+            seeds = [seed + 1] * len(part)                     # the same for every image
+            noise = idiff.seeded_noise(seeds, begin.shape[1:], begin.device)
+            x = model.sample(part, begin, steps, sampler, noise)
         parts.append(x)
     pictures["diffusion"] = torch.cat(parts)
     return pictures
@@ -175,57 +189,99 @@ def slerp(a, b, w):
     return (to_a * a + to_b * b) / angle.sin()
 
 
-def traverse(model, codes, z, start, names, args, kind):
-    """A grid per network, and a looping GIF: each latent of names over its range, from z (1, D)."""
+def traverse(model, data, image=None, latents=None, columns=10, steps=20, sampler="dpmpp", seed=0,
+             known=None):
+    """{network: (images, rows, columns)}: each latent over its range, the others as they are.
+
+    image: see read_image, whose latents and noise are kept, or None for the first surveyed row and
+    new noise; latents: which, by number or name; known: what survey gave. All cells of a row have
+    one noise, so that only the latent changes.
+    """
+    _, codes, names = known or survey(model, data, seed)
+    names = choose(latents, names)
     latents = list(names)
-    n = args.columns
+    if image is None:
+        z = codes[:1]
+        start = idiff.seeded_noise([seed], data.image_shape, data.device)()
+    else:
+        _, z, start = invert(model, data, [image], steps)
 
     # a row a latent: z, but for that latent, which runs over the middle 96 % of its codes
     quantiles = codes.new_tensor([0.02, 0.98])
     low, high = torch.quantile(codes[:, latents], quantiles, dim=0)            # (L,) each
-    varied = z.repeat(len(latents), n, 1)                      # (L, n, D)
+    varied = z.repeat(len(latents), columns, 1)                # (L, n, D)
+    share = torch.linspace(0, 1, columns).to(z)
     for row, i in enumerate(latents):
-        varied[row, :, i] = low[row] + (high[row] - low[row]) * torch.linspace(0, 1, n).to(z)
+        varied[row, :, i] = low[row] + (high[row] - low[row]) * share
 
     # drawn by each network, labelled with the range
-    pictures = render(model, varied.flatten(0, 1), start, args, kind == "image")
+    keeps_noise = image is not None
+    pictures = render(model, varied.flatten(0, 1), start, steps, sampler, seed, keeps_noise)
     rows = [f"{name}\n{a:.2f} to {b:.2f}" for name, a, b in zip(names.values(), low, high)]
-    columns = [""] * n
-    columns[0] = "2 % quantile"
-    columns[-1] = "98 % quantile"
-    for network, images in pictures.items():
-        with drawing(args.out / f"{kind}_{network}.png") as file:
-            save_grid(file, images, rows, columns)
-    with drawing(args.out / f"{kind}.gif") as file:
-        write_gif(file, pictures, names, n)
+    titles = [""] * columns
+    titles[0] = "2 % quantile"
+    titles[-1] = "98 % quantile"
+    return {network: (images, rows, titles) for network, images in pictures.items()}
 
 
-def write_gif(file, pictures, names, n):
-    """A looping GIF of n frames and back: a row per network, a column per latent."""
-    from PIL import Image
-    titles = [name.replace(" · ", "\n") for name in names.values()]
-    images = torch.cat(list(pictures.values()))                # (networks * L * n, C, H, W)
-    frames = images.unflatten(0, (-1, n)).unbind(dim=1)
-    pages = []
-    for frame in frames + frames[-2:0:-1]:
-        page = io.BytesIO()
-        save_grid(page, frame, list(pictures), titles)
-        pages.append(Image.open(page).convert("RGB").quantize())
-    pages[0].save(file, save_all=True, append_images=pages[1:], duration=120, loop=0)
+def beside(pictures, x, titles):
+    """(images, rows, columns): a row per network, between the given images x, A and maybe B."""
+    images = []
+    for row in pictures.values():
+        images += [x[:1], row, x[1:]]
+    titles = ["A", *titles, *["B"][:len(x) - 1]]
+    return torch.cat(images), list(pictures), titles
 
 
-def draw_true_factors(file, data, row, columns):
-    """A grid of the data's images that differ from one row's in a single factor."""
+def redraw(model, data, image, steps=50, sampler="dpmpp"):
+    """(images, rows, columns): an image, see read_image, and as each network redraws it."""
+    x, z, noise = invert(model, data, [image], steps)
+    return beside(render(model, z, noise, steps, sampler, keeps_noise=True), x, ["redrawn"])
+
+
+def swap(model, data, a, b, latents=None, steps=50, sampler="dpmpp", seed=0, known=None):
+    """(images, rows, columns): image a with each of b's latents, then with all of them.
+
+    a, b: see read_image; latents: which, by number or name; the noise stays a's.
+    """
+    x, z, noise = invert(model, data, [a, b], steps)
+    names = choose(latents, (known or survey(model, data, seed))[2])
+    edited = [z[0]]
+    titles = ["redrawn"]
+    for i, name in names.items():
+        one = z[0].clone()
+        one[i] = z[1, i]
+        edited.append(one)
+        titles.append(f"{name}\nof B".replace(" · ", "\n"))
+    if len(names) > 1:
+        every = z[0].clone()
+        every[list(names)] = z[1, list(names)]
+        edited.append(every)
+        titles.append("all these\nof B")
+    pictures = render(model, torch.stack(edited), noise[:1], steps, sampler, keeps_noise=True)
+    return beside(pictures, x, titles)
+
+
+def between(model, data, a, b, columns=10, steps=50, sampler="dpmpp"):
+    """(images, rows, columns): from image a to b, see read_image, z linearly, noise on a sphere."""
+    x, z, noise = invert(model, data, [a, b], steps)
+    w = torch.linspace(0, 1, columns).to(z)
+    z = torch.lerp(z[:1], z[1:], w[:, None])
+    noise = slerp(noise[:1], noise[1:], w)
+    pictures = render(model, z, noise, steps, sampler, keeps_noise=True)
+    return beside(pictures, x, [f"{share:.2f}" for share in w])
+
+
+def true_factors(data, row, columns=10):
+    """(images, rows, columns): the data's images that differ from a row's in a single factor."""
     # which factors of each image are those of the row
     everything = torch.arange(len(data), device=data.device)
     factors = data.factors(everything).cpu().numpy()
     same = factors == factors[row]
     varied = data.varied.tolist()
-    if not varied:
-        return
 
-    # of each factor an image a value; a row with fewer values ends in white
-    grid = torch.ones(len(varied), columns, *data.image_shape)            # white
+    # an image for each value of each factor; a row with fewer values ends in white
+    grid = torch.ones(len(varied), columns, *data.image_shape)                 # white
     for k, images in zip(varied, grid):
         others_same = np.delete(same, k, axis=1).all(axis=1)
         rows = np.flatnonzero(others_same)
@@ -236,89 +292,81 @@ def draw_true_factors(file, data, row, columns):
         images[:n] = data.images(chosen.to(data.device))
 
     labels = [f"{data.factor_names[k]}\n{data.factor_sizes[k]} values" for k in varied]
-    save_grid(file, grid.flatten(0, 1), labels, [""] * columns)
+    return grid.flatten(0, 1), labels, [""] * columns
 
 
-def edit(kind, model, data, codes, names, args):
-    """Picture of --image, --swap or --between: A, a row per network of what becomes of it, B."""
-    x, z, noise = read_images(getattr(args, kind), model, data, args.steps)
-    titles = ["redrawn"]
+# ---- Files ----
 
-    if kind == "image":
-        traverse(model, codes, z, noise, names, args, kind)
-
-    if kind == "swap":                                         # each latent of B, then all of them
-        edited = [z[0]]
-        for i, name in names.items():
-            one = z[0].clone()
-            one[i] = z[1, i]
-            edited.append(one)
-            titles.append(f"{name}\nof B".replace(" · ", "\n"))
-        if len(names) > 1:
-            every = z[0].clone()
-            every[list(names)] = z[1, list(names)]
-            edited.append(every)
-            titles.append("all these\nof B")
-        z = torch.stack(edited)
-        noise = noise[:1]
-
-    if kind == "between":                                      # from A's latents and noise to B's
-        w = torch.linspace(0, 1, args.columns).to(z)
-        z = torch.lerp(z[:1], z[1:], w[:, None])
-        noise = slerp(noise[:1], noise[1:], w)
-        titles = [f"{share:.2f}" for share in w]
-
-    # a row per network, between the images as they are
-    images = []
-    pictures = render(model, z, noise, args, keeps_noise=True)
-    for row in pictures.values():
-        images += [x[:1], row, x[1:]]
-    titles.insert(0, "A")
-    if len(x) > 1:
-        titles.append("B")
-    with drawing(args.out / f"{kind}.png") as file:
-        save_grid(file, torch.cat(images), list(pictures), titles)
+def write_gif(file, grids):
+    """A looping GIF of what traverse returns, there and back: a row per network, a column per
+    latent."""
+    from PIL import Image
+    _, labels, columns = grids["decoder"]
+    titles = [label.split("\n")[0].replace(" · ", "\n") for label in labels]
+    images = torch.cat([images for images, _, _ in grids.values()])            # (networks L n, ...)
+    frames = images.unflatten(0, (-1, len(columns))).unbind(dim=1)
+    pages = []
+    for frame in frames + frames[-2:0:-1]:
+        page = io.BytesIO()
+        idiff.save_grid(page, frame, list(grids), titles)
+        pages.append(Image.open(page).convert("RGB").quantize())
+    pages[0].save(file, save_all=True, append_images=pages[1:], duration=120, loop=0)
 
 
-def run(args):
-    """Draw what the flags name; OSError, ValueError or MemoryError in one line if one is wrong."""
+def start(args):
+    """Draw what the flags name; returns the paths of the pictures."""
     for name, least in (("columns", 2), ("steps", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}.")
 
-    # model and data
-    device = pick_device(args.device)
-    model = load_checkpoint(args.checkpoint, device)
-    args.out = args.out or Path(args.checkpoint).parent
-    try_folder(args.out)
-    data_arg = args.data or find_data(model.info, args.checkpoint)
-    data = load_data(data_arg, device, progress, model.cfg.image_size,
-                     model.info.get("factor_sizes"))
-    warn_of_other_data(data, model.info, args.checkpoint)
+    device = idiff.pick_device(args.device)
+    model, data = idiff.open_checkpoint(args.checkpoint, device, args.data)
+    out = args.out or Path(args.checkpoint).parent
+    idiff.try_folder(out)
 
     # what the latents are called
-    rows, codes, names = survey(model, data, args.seed)
-    names = choose(args.latents, names)
+    known = survey(model, data, args.seed)
+    names = choose(args.latents, known[2])
+    given = args.image or args.swap or args.between
+    how = {"steps": args.steps or (50 if given else 20), "sampler": args.sampler}
+    which = {"latents": args.latents, "seed": args.seed, "known": known}
+    print(f"{', '.join(names.values())}; pictures go to {out}", flush=True)
 
-    # edits of given images, or else the traversals
-    kinds = [kind for kind in ("image", "swap", "between") if getattr(args, kind)]
-    args.steps = args.steps or (50 if kinds else 20)
-    if kinds and model.unet is not None and args.sampler in ("em", "pc"):
-        raise ValueError(f"--sampler {args.sampler} adds noise and so cannot keep an image's own.")
-    print(f"{', '.join(names.values())}; pictures go to {args.out}", flush=True)
-    for kind in kinds:
-        edit(kind, model, data, codes, names, args)
-    if not kinds:
-        with drawing(args.out / "true_factors.png") as file:
-            draw_true_factors(file, data, rows[0].item(), args.columns)
-        start = seeded_noise([args.seed], data.image_shape, device)()
-        traverse(model, codes, codes[:1], start, names, args, "traversal")
+    # edits of given images
+    grids = {}
+    if args.image:
+        grids["image"] = redraw(model, data, *args.image, **how)
+    if args.swap:
+        grids["swap"] = swap(model, data, *args.swap, **how, **which)
+    if args.between:
+        grids["between"] = between(model, data, *args.between, args.columns, **how)
+    if not given and len(data.varied):
+        grids["true_factors"] = true_factors(data, known[0][0].item(), args.columns)
+
+    # traversals: a grid per network, and a GIF
+    traversals = {}
+    kind = "image" if args.image else "traversal"
+    if args.image or not given:
+        [base] = args.image or [None]
+        traversals = traverse(model, data, base, columns=args.columns, **how, **which)
+    grids.update({f"{kind}_{network}": grid for network, grid in traversals.items()})
+    paths = []
+    for name, grid in grids.items():
+        with drawing(out / f"{name}.png") as path:
+            idiff.save_grid(path, *grid)
+            paths.append(path)
+    if traversals:
+        with drawing(out / f"{kind}.gif") as path:
+            write_gif(path, traversals)
+            paths.append(path)
+    return paths
 
 
 def main(argv=None):
-    with script("interpolate.py", "--columns"):
-        run(build_parser().parse_args(argv))
+    """Run the command line. Returns the paths of the pictures."""
+    with idiff.script("interpolate.py", "--columns"):
+        return start(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 
     python train.py                                # the recipe: all six factors of 3D Shapes
     python train.py --paper --out runs/paper       # the paper's method at the same size
+
+In Python: run(recipe(data), data, "runs/mine") returns the trained model.
 """
 import argparse
 import hashlib
@@ -30,11 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-import evaluate
-from idiff import (DATA_SETS, VPSDE, Config, IDiff, in_one_line, load_checkpoint, load_data,
-                   pick_device, read_checkpoint, save_checkpoint, save_grid, script)
+import idiff
+from idiff import Config, drawing, in_one_line, progress
 
-EPOCH = 480_000             # draws
+DRAWS_PER_EPOCH = 480_000   # the images of 3D Shapes, whatever the data
 SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, rec_images=0, ddpm_images=0,
                       batch_size=512, epochs=10.0, precision="bfloat16")}
@@ -46,10 +47,9 @@ PAPER = dict(latent_dim=10, prior="full", prior_mean="learned", u="var", kl=5e-4
 IVAE = ("latent_dim", "latent", "categories", "prior", "prior_mean", "u", "u_scale", "width",
         "patch", "image_size", "image_channels", "n_factors", "n_u")
 
-# The paper's Table 1, and a grid over it. Flags of WHERE do not change what a search finds.
+# The paper's Table 1, and a grid over it.
 SPACE = {"kl": (1e-5, 0.1), "rec": (0.01, 5.0), "u": ["var", "mean+var"]}
 GRID = {"kl": [1e-5, 1e-4, 1e-3, 1e-2, 0.1], "rec": [0.01, 0.1, 1.0, 5.0], "u": SPACE["u"]}
-WHERE = ("out", "trials", "storage", "device", "save_every", "log_every")
 
 # torchrun sets these for each of its processes, the ranks.
 RANK = int(os.environ.get("RANK", 0))
@@ -64,29 +64,30 @@ def build_parser():
             prog, max_help_position=28, width=110))
 
     add = parser.add_argument_group("the run").add_argument
-    add("--data", help=f"{', '.join(DATA_SETS)}, .h5 or .npz file, folder (default: shapes3d, or a "
-        "frozen iVAE's)")
+    add("--data", help=f"{', '.join(idiff.DATA_SETS)}, .h5 or .npz file, folder (default: "
+        "shapes3d, or a frozen iVAE's)")
     add("--factor-sizes", type=sizes, metavar="V,V,...",
         help="numbers of values, where an .npz or .h5 file of a full grid lists no factors")
-    add("--size", choices=SIZES, help="widths, batch, length (default: small)")
+    add("--size", choices=SIZES, default="small", help="widths, batch and length (default: small)")
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     add("--out", help="folder of the run (default: a new one, runs/MODEL-sSEED or search-KIND)")
     add("--resume", metavar="CKPT", help="go on with the run of this checkpoint")
-    add("--freeze-ivae", metavar="CKPT", help="train a U-Net on its frozen iVAE")
+    add("--freeze-ivae", metavar="CKPT", help="train a U-Net on the frozen iVAE of this checkpoint")
     add("--save-every", type=positive, default=500, metavar="N",
-        help="steps per write of ckpt.pt (default: 500)")
+        help="steps between writes of ckpt.pt (default: 500)")
     add("--log-every", type=positive, default=20, metavar="N",
-        help="steps per line of log.jsonl (default: 20)")
+        help="steps between lines of log.jsonl (default: 20)")
 
     add = parser.add_argument_group("a search; the same command joins or resumes it").add_argument
-    add("--search", choices=("grid", "bayes"), help="over what of kl, rec and u no flag gives")
+    add("--search", choices=("grid", "bayes"),
+        help="search over kl, rec and u where no flag sets them")
     add("--over", nargs="+", action="append", default=[], metavar="NAME VALUE",
         help="a flag and its values to search too, as in --over prior known full")
     add("--trials", type=positive,
         help="how many this process runs (default: 30; grid: every cell)")
     add("--objective", choices=("mig", "contrast"), default="mig",
-        help="contrast, on draws of a fixed seed, needs no labels (mig)")
+        help="contrast, measured on fresh draws, needs no labels (default: mig)")
     add("--storage", metavar="URL", help="a database in place of the file study.log in --out")
 
     add = parser.add_argument_group("what changes the numbers; defaults: the recipe").add_argument
@@ -101,7 +102,7 @@ def build_parser():
 
 
 def positive(text):
-    """The whole number of a text; ValueError unless at least 1."""
+    """The whole number that a text gives; ValueError unless at least 1."""
     number = int(text)
     if number < 1:
         raise ValueError
@@ -109,79 +110,65 @@ def positive(text):
 
 
 def sizes(text):
-    """The whole numbers, at least 1 each, of a text as 4,3,2."""
+    """The whole numbers, at least 1 each, that a text such as 4,3,2 gives."""
     return tuple(map(positive, text.split(",")))
-
-
-# ---- Ranks ----
-
-def barrier():
-    """Wait until all ranks are here."""
-    if WORLD > 1:
-        dist.barrier()
-
-
-@torch.no_grad()
-def mean_over_ranks(numbers):
-    """A dict of scalar tensors as one of floats, each the mean over the ranks."""
-    values = torch.stack(list(numbers.values()))
-    if WORLD > 1:
-        dist.all_reduce(values)
-        values /= WORLD
-    return dict(zip(numbers, values.tolist()))
 
 
 # ---- Config, folder and log ----
 
-def given(args):
-    """{name: value} of Config's flags that were given."""
-    return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+def recipe(data, size="small", paper=False, ivae=None, **changes):
+    """The Config of a run on data, with its length in steps. ValueError if something cannot be.
 
+    Each overrules what stands before: size, paper, what the data or a frozen ivae (a model) leave
+    no choice of, then changes, which are fields of Config.
+    """
+    # the paper's method overrules a size
+    values = {**SIZES[size], **(PAPER if paper else {})}
 
-def make_config(args, data, ivae):
-    """Config of the flags: size gives way to --paper, both to flags; all must fit a frozen ivae."""
+    # what the data leave no choice of
+    if data.u.numel() or not len(data.varied):
+        values["u"] = "own"
+    channels, side, _ = data.image_shape
+    shape = dict(image_size=side, image_channels=channels, n_factors=len(data.varied),
+                 n_u=data.u.shape[1])
+
     # what a frozen iVAE leaves no choice of
     fixed = {}
     if ivae is not None:
+        if ivae.cfg.model == "vae":
+            raise ValueError("the model to freeze is a VAE: there is no p(z|u) to freeze.")
         fixed = {name: getattr(ivae.cfg, name) for name in IVAE}
         fixed.update(model="idiff", settle=0.0)
 
-    # from the weakest word to the strongest
-    values = dict(SIZES[args.size or "small"])
-    if args.paper:
-        values.update(PAPER)
-    if data.u.numel() or not len(data.varied):
-        values["u"] = "own"
-    values.update(fixed)
-    values.update(given(args))
-    channels, side, _ = data.image_shape
-    if getattr(args, "image_size", side) != side:
-        raise ValueError(f"--image-size resizes files; {data.name} has images of {side} pixels.")
-    if args.factor_sizes not in (None, data.factor_sizes):
-        raise ValueError(f"--factor-sizes {args.factor_sizes} is for .npz and .h5 files without "
-                         f"factors; those of {data.name} have {data.factor_sizes or 'no'} values.")
-    values.update(image_size=side, image_channels=channels, n_factors=len(data.varied),
-                  n_u=data.u.shape[1])
-    cfg = Config(**values)
-
+    try:
+        cfg = Config(**{**values, **fixed, **changes, **shape})
+    except ValueError as error:
+        if "nothing to tell" not in str(error):
+            raise
+        raise ValueError(f"{error} Pass a --u that the data have; if they are a full grid of "
+                         "factors without labels, --factor-sizes; a factor may have 1,000 values "
+                         "at most. Without u and factors only --model vae --u own can be "
+                         "trained.") from None
     for name, value in fixed.items():
         if getattr(cfg, name) != value:
-            raise ValueError(f"--freeze-ivae {args.freeze_ivae} needs {name} {value}, got "
-                             f"{getattr(cfg, name)}.")
+            raise ValueError(f"the frozen iVAE needs {name} {value}, got {getattr(cfg, name)}.")
 
     # lengths and counts as they come out
-    steps = cfg.steps or max(1, round(cfg.epochs * EPOCH / cfg.batch_size))
+    steps = cfg.steps or max(1, round(cfg.epochs * DRAWS_PER_EPOCH / cfg.batch_size))
     rec_images = min(cfg.rec_images or cfg.batch_size, cfg.batch_size)
     ddpm_images = min(cfg.ddpm_images or cfg.batch_size, cfg.batch_size)
-    return replace(cfg, steps=steps, epochs=steps * cfg.batch_size / EPOCH,
+    return replace(cfg, steps=steps, epochs=steps * cfg.batch_size / DRAWS_PER_EPOCH,
                    rec_images=rec_images, ddpm_images=ddpm_images)
 
 
-def check_fit(cfg, info, data, args):
-    """ValueError if a run cannot go on with these data, or ranks cannot share its batches."""
-    if info["fingerprint"] != data.fingerprint:
-        raise ValueError(f"'{args.resume}' was trained on other data than '{data.name}': on "
-                         f"{info['data']}. Pass those by --data, or train anew.")
+def check_fit(cfg, data):
+    """ValueError if a Config does not go with the data, or ranks cannot share its batches."""
+    wanted = (cfg.image_channels, cfg.image_size, cfg.image_size)
+    told = (len(data.varied), data.u.shape[1])
+    if data.image_shape != wanted or told != (cfg.n_factors, cfg.n_u) or cfg.steps < 1:
+        raise ValueError(f"the Config is of images {wanted}, {cfg.n_factors} factors, {cfg.n_u} "
+                         f"columns of u and {cfg.steps} steps; {data.name} has "
+                         f"{data.image_shape}, {told[0]} and {told[1]}. Make it by recipe(data).")
 
     shared = (cfg.batch_size, cfg.rec_images, cfg.ddpm_images)
     if any(n % WORLD for n in shared):
@@ -190,19 +177,19 @@ def check_fit(cfg, info, data, args):
 
 
 def claim(folder):
-    """Whether the folder, made if need be, is this run's: of two at once one makes its log."""
+    """Create the folder if needed and claim it. Returns False if another run holds it."""
     os.makedirs(folder, exist_ok=True)
     if os.path.exists(f"{folder}/ckpt.pt"):
         return False
     try:
-        open(f"{folder}/log.jsonl", "x").close()
+        open(f"{folder}/log.jsonl", "x").close()           # of two runs at once one makes it
     except FileExistsError:
         return False
     return True
 
 
 def make_folder(out, cfg):
-    """The run's folder, claimed; an explicit --out must not hold a run already."""
+    """The run's folder, claimed; a given out must not hold a run already."""
     first = f"runs/{cfg.model}-s{cfg.seed}"
     folder = out or first
     n = 1
@@ -215,18 +202,13 @@ def make_folder(out, cfg):
     return folder
 
 
-def provenance(args, data, data_arg, factor_sizes):
+def provenance(data):
     """What a checkpoint says of its origin."""
-    commit = subprocess.run("git rev-parse --short HEAD", shell=True, errors="replace",
+    commit = subprocess.run("git describe --always --dirty", shell=True, errors="replace",
                             capture_output=True, cwd=Path(__file__).parent)
     return {"data": data.name,
-            "data_arg": data_arg if data_arg in DATA_SETS else os.path.abspath(data_arg),
             "fingerprint": data.fingerprint,
-            "image_size": data.image_shape[1],
-            "factor_sizes": factor_sizes,
-            "size": args.size or "small",
-            "method": "paper" if args.paper else "recipe",
-            "frozen": args.freeze_ivae,
+            **data.source,
             "commit": commit.stdout.strip() or "unknown",
             "torch": f"{torch.__version__}"}               # a checkpoint takes plain text
 
@@ -234,7 +216,7 @@ def provenance(args, data, data_arg, factor_sizes):
 def log(out, record):
     """The one place where numbers leave, of rank 0 alone: a line of log.jsonl in the folder out.
 
-    record: {"config": dict} first; {"step": int, a float per term, ...}; last the validation's.
+    record: {"config": dict} first; {"step": int, a float per term, ...}; last the fresh draws'.
     """
     with open(f"{out}/log.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
@@ -256,7 +238,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]       # that learn yet
+            # skip parameters without a gradient
+            weights = [p for p in group["params"] if p.grad is not None]
             averages = []
             for p in weights:
                 state = self.state[p]
@@ -289,15 +272,16 @@ def orthogonalise(m):
 def build(cfg, device, ivae=None):
     """Model, its averaged copy and optimisers, seeded.
 
-    Given a model ivae, all but the U-Net are its own, for good: they get no gradient.
+    Given a model ivae, all parts but the U-Net are that model's and stay frozen.
     """
     torch.manual_seed(cfg.seed)
-    model = IDiff(cfg)
+    model = idiff.IDiff(cfg)
 
     # a frozen iVAE
     if ivae is not None:
         for name in ("encoder", "prior", "decoder"):
-            setattr(model, name, getattr(ivae, name))      # in eval mode: BatchNorm is as it was
+            part = deepcopy(getattr(ivae, name)).eval()    # in eval mode BatchNorm stays as it is
+            setattr(model, name, part.requires_grad_(False))
     model.to(device, memory_format=torch.channels_last)
     ema = deepcopy(model)
 
@@ -323,22 +307,35 @@ def build(cfg, device, ivae=None):
     return model, ema, optimizers
 
 
-def restore(content, model, ema, optimizers):
-    """Put a checkpoint's content back; returns the step to go on from. Many errors, if it fails."""
-    model.load_state_dict(content["model"])
-    ema.load_state_dict(content["ema"])
-    for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-        for p, state in optimizer.state.items():
-            shapes = {moment.shape for name, moment in state.items() if name != "step"}
-            if shapes - {p.shape}:                         # torch would crash
-                raise ValueError(f"moments of a {p.shape} weight are {shapes}")
-    return int(content["step"])
+def restore(content, path, model, ema, optimizers):
+    """Put a checkpoint's content back; returns the step to go on from. ValueError if it cannot."""
+    try:
+        model.load_state_dict(content["model"])
+        ema.load_state_dict(content["ema"])
+        for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+            for p, state in optimizer.state.items():
+                shapes = {moment.shape for name, moment in state.items() if name != "step"}
+                if shapes - {p.shape}:                     # torch would crash
+                    raise ValueError(f"moments of a {p.shape} weight are {shapes}")
+
+        step = content["step"]
+        log_size = content["log_size"]
+        if not type(step) is type(log_size) is int:
+            raise ValueError("its step or log_size is no whole number")
+        if not 0 < step <= model.cfg.steps or log_size < 0:
+            raise ValueError(f"step {step} of {model.cfg.steps}, a log of {log_size} bytes")
+        if not {"data", "fingerprint"} <= content["info"].keys():
+            raise ValueError("its info does not name the data")
+    except Exception as error:         # whatever torch raises, the file is at fault
+        raise ValueError(f"'{path}' holds no state to resume from: {type(error).__name__}, "
+                         f"{in_one_line(error)}") from None
+    return step
 
 
 # ---- One step ----
 
-def warmth(cfg, step):
+def rate_share(cfg, step):
     """Share of the peak learning rates: up over 100 steps, then 1, or half a cosine down to 0."""
     share = min(1.0, (step + 1) / 100)
     if cfg.schedule == "cosine":
@@ -346,7 +343,7 @@ def warmth(cfg, step):
     return share
 
 
-def draw_batch(cfg, data, step):
+def draw_batch(model, data, step):
     """x, u, t, eps of one step, drawn from seed and step alone; t is stratified.
 
     x: (B, C, H, W); u: (B, U); t: (b,), eps: (b, C, H, W) for the b images of the U-Net. Ranks draw
@@ -354,21 +351,18 @@ def draw_batch(cfg, data, step):
     for z's noise, which each draws itself. Source of the strata: Kingma et al. 2021.
     """
     # all random numbers of the step, whatever was drawn before: a resumed run draws the same
+    cfg = model.cfg
     device = data.device
     generator = torch.Generator(device).manual_seed(hash((cfg.seed, step)))
     torch.manual_seed(hash((cfg.seed, step, RANK)))        # for z's noise
     rows, u = data.draw(cfg.batch_size, generator, cfg.u, cfg.u_scale)
     x = data.images(rows)
 
-    # for the U-Net's images one time in each of b equal parts of (0, 1], or of what stands for it
+    # one time in each of b equal parts, for the U-Net's images
     b = 0 if step < cfg.settle_steps else cfg.ddpm_images
     stratum = torch.arange(b, device=device)
-    t = (stratum + torch.rand(b, generator=generator, device=device)) / max(b, 1)
-    t = t.clamp(min=1e-5)
-    if cfg.predict == "residual":
-        low, high = IDiff.RATIOS
-        log_ratio = math.log(low) + t * math.log(high / low)
-        t = VPSDE().t_of_lam(-log_ratio)
+    share = (stratum + torch.rand(b, generator=generator, device=device)) / max(b, 1)
+    t = model.prediction.times(share)
     eps = torch.randn(x[:b].shape, generator=generator, device=device)
 
     # the layout that the networks' convolutions are fast in
@@ -377,19 +371,15 @@ def draw_batch(cfg, data, step):
     return x[RANK::WORLD], u, t[RANK::WORLD], eps[RANK::WORLD]
 
 
-def total_loss(cfg, terms, step):
+def total_loss(terms, weights):
     """Eq. 2: L = L_DDPM + lambda_rec L_rec + lambda_KL L_KL, and what goes beyond the paper.
 
-    Returns the sum and the terms in it.
+    terms: IDiff.forward's; weights: IDiff.weights'. Returns the sum and the terms in it.
     """
-    # as long as no decoder learns, nothing would hold q(z|x) narrow
-    kl = 0.0 if step < cfg.settle_steps else cfg.kl
-    weights = {"ddpm": 1.0,
-               "rec": cfg.rec,
-               "kl": kl,
-               "kl_reverse": kl * cfg.kl_reverse,
-               "contrast": cfg.contrast}
-
+    unknown = terms.keys() - weights.keys()
+    if unknown:
+        raise ValueError(f"IDiff.forward gives {', '.join(unknown)}, and IDiff.weights no weight "
+                         "for it.")
     # a term of weight 0 may overflow, and 0 * inf is no number
     used = {name: term for name, term in terms.items() if weights[name]}
     loss = sum(weights[name] * term for name, term in used.items())
@@ -407,16 +397,20 @@ def average(ema, model, decay):
 
 
 def train_step(cfg, model, ema, optimizers, batch, step):
-    """One step; returns the terms that have a weight and the gradient's norm."""
+    """One step; returns the terms that have a weight and the gradient's norm.
+
+    model may be wrapped for several ranks; ema, its averaged copy, never is.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * warmth(cfg, step)
+            group["lr"] = optimizer.defaults["lr"] * rate_share(cfg, step)
 
     # at first encoder and prior learn alone
-    n_rec = 0 if step < cfg.settle_steps else cfg.rec_images
+    settling = step < cfg.settle_steps
+    n_rec = 0 if settling else cfg.rec_images
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
         terms = model(*batch, n_rec=n_rec // WORLD)
-    loss, used = total_loss(cfg, terms, step)
+    loss, used = total_loss(terms, ema.weights(settling))
 
     # descend, with the gradient's norm bounded, and average the weights
     model.zero_grad()
@@ -430,11 +424,28 @@ def train_step(cfg, model, ema, optimizers, batch, step):
 
 # ---- The run ----
 
+def barrier():
+    """Wait until all ranks are here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def mean_over_ranks(numbers):
+    """A dict of scalar tensors as one of floats, each the mean over the ranks."""
+    values = torch.stack(list(numbers.values()))
+    if WORLD > 1:
+        dist.all_reduce(values)
+        values /= WORLD
+    return dict(zip(numbers, values.tolist()))
+
+
 @contextmanager
 def stop_signals():
-    """A list, empty until Ctrl-C or SIGTERM; these do no more, for a run ends after a whole step.
+    """A list, empty until Ctrl-C or SIGTERM. These only set a flag; the run then stops after the
+    current step.
 
-    What they did before they do again afterwards: a notebook may have handlers of its own.
+    Afterwards they do again what they did before: a notebook may have handlers of its own.
     """
     stop = []
     before = {}
@@ -448,63 +459,107 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def train(cfg, data, out, args, parts, first_step):
-    """Train from first_step to cfg.steps, logging and saving into the folder out."""
-    model, ema, optimizers = parts
+def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, log_every=20):
+    """Train; returns the model in eval mode with averaged weights.
+
+    Its info has the folder, "out", and "validation", the ELBO on fresh draws and its terms.
+    cfg: recipe(data); out: the folder, by default a new one; ivae: a model whose parts but the
+    U-Net are taken and stay frozen; resume: path of a checkpoint whose run goes on, in its folder;
+    info: words that the checkpoint is to keep. ValueError if something cannot be, or a loss is not
+    finite; KeyboardInterrupt, once all is saved, after Ctrl-C or SIGTERM.
+    """
+    # what the run is, and where it goes on
+    check_fit(cfg, data)
+    info = {**provenance(data), **(info or {})}
+    if resume:
+        content = idiff.read_checkpoint(resume, data.device)
+        info = {**info, **content["info"], **data.source}  # the data may have moved
+        out = os.path.dirname(resume) or "."
+        if info.get("frozen"):
+            ivae = idiff.load_checkpoint(resume, data.device)
+    model, ema, optimizers = build(cfg, data.device, ivae)
+    first_step = restore(content, resume, model, ema, optimizers) if resume else 0
+
+    # the folder, once nothing can be wrong; only rank 0 writes
+    if RANK == 0:
+        if resume:
+            with open(f"{out}/log.jsonl", "a") as file:    # the steps since then are run again
+                file.truncate(min(file.tell(), content["log_size"]))
+        else:
+            out = make_folder(out, cfg)
+            log(out, {"config": asdict(cfg)})
+    model.info = info
+    ema.info = {**info, "out": out}
+    if RANK == 0:
+        print(describe(data, model), flush=True)
+    barrier()                                              # rank 0 has claimed the folder
+
+    # train, then look at what came out
+    loop(model, ema, optimizers, data, out, first_step, save_every, log_every)
+    if RANK == 0:
+        ema.info["validation"] = finish(ema.eval(), data, out)
+    return ema.eval().requires_grad_(False)
+
+
+def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
+    """Train from first_step to the end, logging and saving into the folder out."""
+    cfg = model.cfg
     path = f"{out}/ckpt.pt"
     started = time.time()
 
     ranked = model
-    if WORLD > 1:                                          # unused: frozen, or of no weight
+    if WORLD > 1:                                          # unused: frozen, or without a weight
         ranked = DistributedDataParallel(model, find_unused_parameters=True)
 
-    steps = range(first_step, cfg.steps)
-    bar = evaluate.progress(steps, "step", initial=first_step, total=cfg.steps, disable=RANK > 0)
+    bar = progress(range(first_step, cfg.steps), "step", initial=first_step, total=cfg.steps)
     with stop_signals() as stop, bar:
         for step in bar:
             model.encoder.temperature = 0.3 ** (step / cfg.steps)      # of Gumbel-softmax
-            batch = draw_batch(cfg, data, step)
+            batch = draw_batch(model, data, step)
             numbers = train_step(cfg, ranked, ema, optimizers, batch, step)
             done = step + 1
 
-            stopping = torch.tensor(len(stop))             # of any rank
+            stopping = torch.tensor(len(stop))             # on any rank
             if WORLD > 1:
                 dist.all_reduce(stopping)
-            saving = done % args.save_every == 0 or done == cfg.steps or stopping
-            if done % args.log_every == 0 or saving:       # the only wait for the device
+            saving = done % save_every == 0 or done == cfg.steps or stopping
+            if done % log_every == 0 or saving:            # the only wait for the device
                 record = mean_over_ranks(numbers)
                 if not all(map(math.isfinite, record.values())):
-                    raise ValueError(f"not finite at step {done}: {record}. The last good "
-                                     "checkpoint is kept; try a smaller --lr, or --precision "
-                                     "float32.")
+                    kept = f"The checkpoint '{path}' is kept" if os.path.exists(path) else \
+                        "No checkpoint was written yet"
+                    raise ValueError(f"not finite at step {done}: {record}. {kept}; try a smaller "
+                                     "--lr, or --precision float32.")
                 if RANK == 0:
                     log(out, {"step": done, **record, "seconds": round(time.time() - started)})
                 bar.set_postfix(record, refresh=False)
 
             if saving and RANK == 0:
-                save_checkpoint(path, model, ema, step=done,
-                                log_size=os.path.getsize(f"{out}/log.jsonl"),
-                                optimizers=[each.state_dict() for each in optimizers])
+                idiff.save_checkpoint(path, model, ema, step=done,
+                                      log_size=os.path.getsize(f"{out}/log.jsonl"),
+                                      optimizers=[each.state_dict() for each in optimizers])
             if stopping:
                 barrier()                                  # rank 0 has saved: all end
-                sys.exit(0 if RANK else
-                         f"saved. Go on with: {command('train')} --resume {shlex.quote(path)}")
+                raise KeyboardInterrupt("saved. Go on with: python train.py --resume "
+                                        f"{shlex.quote(path)}")
 
 
 @torch.no_grad()
-def validate(cfg, model, data, n=4096):
-    """ELBO in nats per image, higher is better, on n modulated draws of a fixed seed; its terms.
+def fresh_draws(model, data, n=4096):
+    """ELBO in nats per image, higher is better, on n draws with a fixed seed; and its terms.
 
     -(values / 2) log(2 pi e MSE) - KL, a Gaussian decoder of the best variance: no lambda in it.
     """
+    cfg = model.cfg
     generator = torch.Generator(data.device).manual_seed(1_000_003)
-    torch.manual_seed(0)                                   # of z's noise
+    torch.manual_seed(0)                                   # for z's noise
     values = []
     for _ in range(n // 256):
         rows, u = data.draw(256, generator, cfg.u, cfg.u_scale)
         x = data.images(rows)
         terms = model(x, u, t=x[:0, 0, 0, 0], eps=x[:0])   # no images for the U-Net
         values.append(torch.stack(list(terms.values())))
+    # means over all draws
     means = dict(zip(terms, torch.stack(values).mean(0).tolist()))
 
     # the best variance of a Gaussian decoder is its mean squared error
@@ -512,32 +567,56 @@ def validate(cfg, model, data, n=4096):
     return {"elbo": -entropy - means["kl"], **means}
 
 
-def describe(cfg, data, model):
+def describe(data, model):
     """The first lines: what runs, on what, and how much of it; what the data hold."""
-    frozen = f", frozen iVAE of {model.info['frozen']}" if model.info["frozen"] else ""
+    cfg, info = model.cfg, model.info
+    frozen = f", frozen iVAE of {info['frozen']}" if info.get("frozen") else ""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     prior = "N(0, 1)" if cfg.model == "vae" else cfg.prior
     factors = [f"{name} {len(values)} ({values[0]} to {values[-1]})"
                for name, values in zip(data.factor_names, data.values)]
     return (f"{data.device}, {torch.get_num_threads()} threads, ranks {WORLD}, size "
-            f"{model.info['size']}, method {model.info['method']}{frozen}: {cfg.model}, prior "
-            f"{prior}, u {cfg.u}; {data.name}; {millions:.2f} M parameters; {cfg.steps} steps of "
-            f"{cfg.batch_size} images, {cfg.epochs:.2g} epochs\n"
+            f"{info.get('size', '-')}, method {info.get('method', '-')}{frozen}: {cfg.model}, "
+            f"prior {prior}, u {cfg.u}; {data.name}; {millions:.2f} M parameters; {cfg.steps} "
+            f"steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs\n"
             f"{len(data):,} images {data.image_shape}; own u: "
             f"{(data.u.abs().amax(dim=0) > 0.5).sum() or 'no'} varying columns; "
             f"factors: {', '.join(factors) or 'none'}\n{data.note}")
 
 
+def finish(model, data, out):
+    """What ends a run: fresh draws, pictures, the commands that come next. Returns the first."""
+    result = fresh_draws(model, data)
+    log(out, {"step": model.cfg.steps, "validation": result})
+    print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
+          f"KL {result['kl']:.1f} nats), averaged weights, 4,096 fresh draws")
+    with drawing(f"{out}/losses.png") as path:
+        draw_losses(path, out)
+    with drawing(f"{out}/samples.png") as path:
+        draw_samples(path, model, data)
+
+    # a file of the user's own that started this run knows what it changed: the commands go there
+    own = Path(sys.argv[0]).resolve()
+    is_own = own.parent == Path(__file__).parent and own.name != "train.py"
+    start = f"python {shlex.quote(own.name)} {{}}" if is_own else "python {}.py"
+    ckpt = shlex.quote(f"{out}/ckpt.pt")
+    print(f"Next:\n  {start.format('evaluate')} {ckpt}\n  {start.format('interpolate')} {ckpt}")
+    return result
+
+
 def draw_losses(path, out):
     """losses.png: each term, and the gradient's norm, by step."""
     records = [json.loads(line) for line in Path(f"{out}/log.jsonl").read_text().splitlines()]
-    names = list(records[-2])[1:-1]                        # but "step" and "seconds"
-    figure, axes = evaluate.panels(len(names), (8, 2.2))
+    records = [record for record in records if "seconds" in record]
+    names = list(records[-1])[1:-1]                        # but "step" and "seconds"
+    # a panel for each; all end at the last step
+    figure, axes = idiff.panels(len(names), (8, 2.2))
     for axis, name in zip(axes, names):
         points = [(r["step"], r[name]) for r in records if name in r]
-        axis.plot(*zip(*points))
+        steps, values = zip(*points)
+        axis.plot(steps, values)
         axis.set(title=f"{name} by step", xmargin=0, xlim=(0, None),
-                 yscale="linear" if name == "contrast" else "log")
+                 yscale="log" if min(values) > 0 else "linear")
     figure.savefig(path, dpi=150)
 
 
@@ -550,123 +629,22 @@ def draw_samples(path, model, data):
     pictures = {"image": x, "decoder": model.decode(z)}
     if model.unet is not None:
         pictures["diffusion"] = model.sample(z, torch.randn_like(x))
-    save_grid(path, torch.cat(list(pictures.values())), list(pictures), [""] * 10)
-
-
-def command(name):
-    """How to call a script: through the user's own file, if it stands here and started this run."""
-    own = Path(sys.argv[0]).resolve()
-    here = Path(__file__).resolve()
-    if own != here and own.parent == here.parent:
-        return f"python {shlex.quote(own.name)} {name}"
-    return f"python {name}.py"
-
-
-def finish(cfg, data, out, model):
-    """Validation ELBO, pictures and the two commands that come next; returns the first."""
-    result = validate(cfg, model, data)
-    log(out, {"step": cfg.steps, "validation": result})
-    print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
-          f"KL {result['kl']:.1f} nats), averaged weights, 4,096 draws")
-    with evaluate.drawing(Path(f"{out}/losses.png")) as path:
-        draw_losses(path, out)
-    with evaluate.drawing(Path(f"{out}/samples.png")) as path:
-        draw_samples(path, model, data)
-    path = shlex.quote(f"{out}/ckpt.pt")
-    print(f"Next:\n  {command('evaluate')} {path}\n  {command('interpolate')} {path}")
-    return result
-
-
-def prepare(args):
-    """What a run is made of: content of --resume, a frozen iVAE, data, config and provenance.
-
-    ValueError, OSError or ImportError where the input is wrong; nothing is made yet.
-    """
-    device = pick_device(args.device, LOCAL_RANK)
-
-    # what goes before: the run's own checkpoint, or another's iVAE that stays as it is
-    content = ivae = None
-    before = {"data_arg": "shapes3d"}
-    origin = args.resume or args.freeze_ivae
-    if args.resume:
-        content = read_checkpoint(args.resume, device)
-        before = content["info"]
-        changes = (args.out, args.paper, args.size, args.freeze_ivae, args.factor_sizes,
-                   given(args))
-        if any(changes):
-            raise ValueError("--resume goes on with the run as it was, without flags that change "
-                             "it.")
-    if args.freeze_ivae or before.get("frozen"):
-        ivae = load_checkpoint(origin, device)
-        before = ivae.info
-        if ivae.cfg.model == "vae":
-            raise ValueError(f"'{origin}' is a VAE: there is no p(z|u) to freeze.")
-
-    # data
-    data_arg = args.data or evaluate.find_data(before, origin or "")
-    side = getattr(args, "image_size", before.get("image_size"))
-    factor_sizes = args.factor_sizes or before.get("factor_sizes")
-    data = load_data(data_arg, device, partial(evaluate.progress, disable=RANK > 0), side,
-                     factor_sizes)
-
-    # config
-    info = provenance(args, data, data_arg, factor_sizes)
-    if content:
-        cfg = Config(**content["config"])
-        info.update(content["info"], data_arg=info["data_arg"])    # it may have moved
-    else:
-        cfg = make_config(args, data, ivae)
-        evaluate.warn_of_other_data(data, before, origin)
-    check_fit(cfg, info, data, args)
-    return content, ivae, data, cfg, info
-
-
-def run(args):
-    """One run, from its first line to its last; its validation on rank 0."""
-    content, ivae, data, cfg, info = prepare(args)
-
-    # model
-    device = data.device
-    model, ema, optimizers = build(cfg, device, ivae)
-    model.info = info
-    first_step = 0
-    if content:
-        try:
-            first_step = restore(content, model, ema, optimizers)
-            log_size = int(content["log_size"])
-        except Exception as error:                         # of torch: many
-            raise ValueError(f"'{args.resume}' holds no state to resume from: "
-                             f"{type(error).__name__}, {in_one_line(error)}")
-
-    # folder, once nothing can be wrong, and loop
-    out = os.path.dirname(args.resume or "") or "."
-    if RANK == 0:                                          # no other writes
-        if content:
-            with open(f"{out}/log.jsonl", "a") as file:    # the steps since then are run again
-                file.truncate(min(file.tell(), log_size))
-        else:
-            out = make_folder(args.out, cfg)
-            log(out, {"config": asdict(cfg)})
-        print(describe(cfg, data, model), flush=True)
-    barrier()                                              # rank 0 has claimed the folder
-    train(cfg, data, out, args, (model, ema, optimizers), first_step)
-    if RANK == 0:
-        return finish(cfg, data, out, ema.eval())
+    idiff.save_grid(path, torch.cat(list(pictures.values())), list(pictures), [""] * 10)
 
 
 # ---- The search ----
 
-def search_space(args, cfg):
-    """{name: its values, or (low, high)}: the paper's Table 1 less what flags give, and --over.
+def search_space(kind, given, over, cfg):
+    """{name: its values, or (low, high)}: the paper's Table 1 less what is given, and --over's.
 
-    Nor is u searched where it is the data's own.
+    u is not searched either where it is the data's own.
     """
     kinds = {f.name: f.type for f in fields(Config) if f.metadata["help"]}
-    usual = GRID if args.search == "grid" else SPACE
-    space = {name: values for name, values in usual.items() if not hasattr(args, name)}
+    usual = GRID if kind == "grid" else SPACE
+    space = {name: values for name, values in usual.items() if name not in given}
     if cfg.u == "own":
         space.pop("u", None)
-    for name, *values in args.over:
+    for name, *values in over:
         name = name.replace("-", "_")
         if name not in kinds or not values:
             raise ValueError(f"--over needs a flag and its values, got: {name} {' '.join(values)}.")
@@ -676,19 +654,15 @@ def search_space(args, cfg):
     return space
 
 
-def open_study(args, out):
-    """The Optuna study of these flags, in the folder out or in --storage."""
+def open_study(out, storage, name, direction):
+    """The Optuna study of this name, in the folder out or in a database, the URL storage."""
     import optuna
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", module="optuna")     # of what is experimental there
     logging.getLogger("optuna.storages").setLevel("WARNING")   # who waits for a lock says so
 
-    # a study's name tells its flags; a folder holds the trials of one
-    same = [item for item in sorted(vars(args).items()) if item[0] not in WHERE]
-    name = f"{args.search} {hashlib.sha256(str(same).encode()).hexdigest()}"
     begun = any(Path(out).glob("trial-*"))
-
-    storage = args.storage
+    where = storage or out
     try:
         if storage:                                        # there, a killed trial runs again
             storage = optuna.storages.RDBStorage(
@@ -701,93 +675,97 @@ def open_study(args, out):
             file = journal.JournalFileBackend(path, journal.JournalFileOpenLock(path))
             storage = optuna.storages.JournalStorage(file)
         names = optuna.get_all_study_names(storage)
-    except Exception as error:                             # of databases: many
-        raise ValueError(f"'{args.storage or out}' holds no studies: {in_one_line(error)}")
+    except Exception as error:         # each database raises kinds of its own
+        raise ValueError(f"'{where}' holds no studies: {in_one_line(error)}")
     if begun and name not in names:
         raise ValueError(f"'{out}' holds a search by other flags. Pass another --out.")
-    direction = "maximize" if args.objective == "mig" else "minimize"
     return optuna.create_study(storage=storage, study_name=name, direction=direction,
                                load_if_exists=True)
 
 
-def search(args):
-    """Trials until none is left; workers started alike, at once or later, share the study."""
-    if not args.search or args.resume or WORLD > 1:
-        raise ValueError("--over, --trials, --objective and --storage need --search; and that goes "
-                         "without --resume and torchrun: its own command resumes it.")
-    import optuna
+def search(make, data, space, out, kind="bayes", objective="mig", trials=None, storage=None,
+           **flags):
+    """An Optuna study of runs on data; workers started alike, at once or later, share it.
 
-    # what would fail in every trial fails before the first; of a range both ends are tried
-    _, ivae, data, cfg, _ = prepare(args)
-    space = search_space(args, cfg)
-    if args.objective == "mig" and not data.factor_names:
+    make: function of fields of Config -> the Config of a trial; space: see search_space; trials:
+    how many this process runs, until none is left; flags: for run. ValueError if a trial could not
+    be.
+    """
+    import optuna
+    cfg = make()
+    if objective == "mig" and not data.factor_names:
         raise ValueError(f"MIG needs factors, which {data.name} lacks. Pass --objective contrast.")
+
+    # what would fail in every trial fails before the first; both ends of a range are tried
     cells = list(product(*space.values()))
     for cell in cells:
-        make_config(argparse.Namespace(**vars(args) | dict(zip(space, cell))), data, ivae)
-    del data                                               # each trial loads its own
-    out = args.out or f"runs/search-{args.search}"
-    evaluate.try_folder(out)
+        make(**dict(zip(space, cell)))
+    idiff.try_folder(out)
 
-    # the study, shared with other workers
-    study = open_study(args, out)
-    grid = args.search == "grid"
-    if grid:
+    # a study's name tells its runs, so that a folder holds the trials of one
+    told = str([kind, objective, space, asdict(cfg), data.fingerprint, flags.get("info")])
+    name = f"{kind} {hashlib.sha256(told.encode()).hexdigest()}"
+    direction = "maximize" if objective == "mig" else "minimize"
+    study = open_study(out, storage, name, direction)
+    if kind == "grid":
         study.sampler = optuna.samplers.GridSampler(space, seed=0)
     else:
-        study.sampler = optuna.samplers.TPESampler(constant_liar=True)
-    n_trials = args.trials or (len(cells) if grid else 30)
+        # repeatable alone, and different for a worker that joins
+        seed = cfg.seed + len(study.trials)
+        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
+    def one(trial):
+        chosen = {}
+        for name, values in space.items():
+            if isinstance(values, list):
+                chosen[name] = trial.suggest_categorical(name, values)
+            else:
+                chosen[name] = trial.suggest_float(name, *values, log=name == "kl")
+        return run_trial(trial, partial(make, **chosen), data, f"{out}/trial-{trial.number:03d}",
+                         objective, flags)
 
     # one trial at a time, so that the table is always up to date
-    for _ in range(n_trials):
+    for _ in range(trials or (len(cells) if kind == "grid" else 30)):
         waiting = study.get_trials(states=(optuna.trial.TrialState.WAITING,))
-        if grid and not waiting and study.sampler.is_exhausted(study):
+        if kind == "grid" and not waiting and study.sampler.is_exhausted(study):
             break
-        study.optimize(lambda trial: run_trial(trial, args, out, space), 1)
-        write_trials(study, args, out, space)
-    print(write_trials(study, args, out, space))
+        study.optimize(one, 1)
+        write_trials(study, out, space, objective)
+    print(write_trials(study, out, space, objective))
     if all(trial.value is None for trial in study.trials):
         raise ValueError("no trial was completed.")
+    return study
 
 
-def run_trial(trial, args, out, space):
-    """The objective: a run of its own in its own folder, and what evaluate.py says of it."""
-    folder = f"{out}/trial-{trial.number:03d}"
-    chosen = {}
-    for name, values in space.items():
-        if isinstance(values, list):
-            chosen[name] = trial.suggest_categorical(name, values)
-        else:
-            chosen[name] = trial.suggest_float(name, *values, log=name == "kl")
+def run_trial(trial, make, data, folder, objective, flags):
+    """The objective: a run of its own in its own folder, and what is measured there."""
+    import evaluate
     try:
-        result = run(argparse.Namespace(**{**vars(args), **chosen, "out": folder}))
-        if args.objective == "contrast":
-            return result["contrast"]
-        argv = ["--no-dci", "--n", "10000", "--", f"{folder}/ckpt.pt"]
-        flags = evaluate.build_parser().parse_args(argv)
-        flags.device = args.device
-        report, parts = evaluate.report(flags.paths[0], flags)
-        evaluate.write_report(report, parts, Path(folder))
+        model = run(make(), data, folder, **flags)
+        if objective == "contrast":
+            return model.info["validation"]["contrast"]
+        report = evaluate.report(model, data, n=evaluate.N_SCORES, trees=False)
+        evaluate.write_report(report, folder)
         return report["metrics"]["mig"]
     except (ValueError, MemoryError, RuntimeError) as error:   # the trial's own
         trial.set_user_attr("failed", in_one_line(error))
         return math.nan                                    # to Optuna a failed trial
-    except BaseException as error:                         # it runs again
+    except BaseException as error:                         # a full disk, or a stop: it runs again
         trial.study.enqueue_trial(trial.params)
         if isinstance(error, Exception):
             raise
         raise KeyboardInterrupt("stopped. Go on by the same command.") from None
 
 
-def write_trials(study, args, out, space):
+def write_trials(study, out, space, objective):
     """Write trials.md and search.png; returns the text: every trial, and the paper's Table 1."""
-    rows = [["trial", *space, args.objective]]
+    rows = [["trial", *space, objective]]
     for trial in study.trials:
         result = trial.value
         if result is None:
             result = trial.user_attrs.get("failed", trial.state.name.lower())
         rows.append([trial.number, *(f"{trial.params.get(k)}" for k in space), result])
-    text = evaluate.table(zip(*rows))
+    text = idiff.table(zip(*rows))
 
     # what was best, beside the paper's Table 1
     done = [trial for trial in study.trials if trial.value is not None]
@@ -796,13 +774,13 @@ def write_trials(study, args, out, space):
         rows = [["hyperparameter", "search space", "best value", "the paper's best"]]
         for k, values in space.items():
             rows.append([k, values, f"{best.params[k]}", f"{PAPER.get(k)}"])
-        text += f"\nBest: {out}/trial-{best.number:03d}/ckpt.pt\n\n{evaluate.table(zip(*rows))}"
+        text += f"\nBest: {out}/trial-{best.number:03d}/ckpt.pt\n\n{idiff.table(zip(*rows))}"
 
-        with evaluate.drawing(Path(f"{out}/search.png")) as path:
-            figure, axes = evaluate.panels(len(space), (6, 2.5))
+        with drawing(f"{out}/search.png") as path:
+            figure, axes = idiff.panels(len(space), (6, 2.5))
             for axis, k in zip(axes, space):
                 axis.scatter([trial.params[k] for trial in done], [trial.value for trial in done])
-                axis.set(xlabel=k, ylabel=args.objective)
+                axis.set(xlabel=k, ylabel=objective)
                 if k == "kl":
                     axis.set_xscale("log")
             figure.savefig(path, dpi=150)
@@ -810,18 +788,88 @@ def write_trials(study, args, out, space):
     return text
 
 
+# ---- The command line ----
+
+def prepare(args, given):
+    """(make, data, what else run takes) of the flags; given: fields of Config among them.
+
+    make: function of changes -> Config.
+    """
+    device = idiff.pick_device(args.device, LOCAL_RANK)
+    flags = {"save_every": args.save_every, "log_every": args.log_every}
+
+    # a run that goes on: all is as its checkpoint says
+    if args.resume:
+        if args.out or args.paper or args.size != "small" or args.freeze_ivae \
+                or args.factor_sizes or given:
+            raise ValueError(f"--resume {args.resume} goes on with the run as it was, without "
+                             "flags that change it.")
+        content = idiff.read_checkpoint(args.resume, device)
+        info = content["info"]
+        data = idiff.data_of(info, args.resume, device, args.data)
+        if info.get("fingerprint") != data.fingerprint:
+            raise ValueError(f"'{args.resume}' was trained on other data than '{data.name}': on "
+                             f"{info.get('data', 'unnamed ones')}. Pass those by --data, or train "
+                             "anew.")
+        return partial(Config, **content["config"]), data, {**flags, "resume": args.resume}
+
+    # a new run, maybe on an iVAE that stays as it is
+    ivae = None
+    if args.freeze_ivae:
+        ivae, data = idiff.open_checkpoint(args.freeze_ivae, device, args.data)
+    else:
+        data = idiff.load_data(args.data or "shapes3d", device, given.get("image_size"),
+                               args.factor_sizes)
+    side = data.image_shape[1]
+    if given.get("image_size", side) != side:
+        raise ValueError(f"--image-size resizes files; {data.name} has images of {side} pixels.")
+    if args.factor_sizes not in (None, data.factor_sizes):
+        raise ValueError(f"--factor-sizes {args.factor_sizes} is for .npz and .h5 files without "
+                         f"factors; those of {data.name} have {data.factor_sizes or 'no'} values.")
+    flags.update(ivae=ivae, info={"size": args.size, "method": "paper" if args.paper else "recipe",
+                                  "frozen": args.freeze_ivae})
+
+    def make(**changes):
+        try:
+            return recipe(data, args.size, args.paper, ivae, **{**given, **changes})
+        except ValueError as error:
+            raise ValueError(f"--freeze-ivae {args.freeze_ivae}: {error}" if ivae else error) \
+                from None
+    return make, data, flags
+
+
+def start(args):
+    """What the flags ask for: a search's folder, or a run's folder and what it ended with."""
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    searching = args.search or args.over or args.trials or args.storage or args.objective != "mig"
+    if searching and (not args.search or args.resume or WORLD > 1):
+        raise ValueError("--over, --trials, --objective and --storage need --search; and that goes "
+                         "without --resume and torchrun: its own command resumes it.")
+    make, data, flags = prepare(args, given)
+
+    if args.search:
+        space = search_space(args.search, given, args.over, make())
+        out = args.out or f"runs/search-{args.search}"
+        search(make, data, space, out, args.search, args.objective, args.trials, args.storage,
+               **flags)
+        return {"out": out}
+    model = run(make(), data, args.out, **flags)
+    return {name: model.info.get(name) for name in ("out", "validation")}
+
+
 def main(argv=None):
-    with script("train.py", "--batch-size"):
+    """Run the command line. Returns {"out": folder, "validation": ELBO and its terms, ...}."""
+    with idiff.script("train.py", "--batch-size"):
         args = build_parser().parse_args(argv)
         try:
             if WORLD > 1:
                 dist.init_process_group()                  # gloo on CPUs, nccl on GPUs
-            if (args.search or args.over or args.trials or args.storage
-                    or args.objective != "mig"):
-                search(args)
-            else:
-                run(args)
-        except (Exception, KeyboardInterrupt):
+            result = start(args)
+        except KeyboardInterrupt:
+            if RANK > 0:                                   # rank 0 has saved, and tells
+                sys.exit(0)
+            raise
+        except Exception:
             if RANK > 0:
                 time.sleep(10)  # if rank 0 met it too it tells, and torchrun ends us before
             raise
@@ -829,6 +877,7 @@ def main(argv=None):
             barrier()                                      # all ranks end together
             sys.stdout.flush()
             os._exit(0)     # at once: gloo's threads now and then abort Python's own exit
+        return result
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def fit(data, cfg):
         rows, _ = data.draw(cfg.batch_size, generator, cfg.u, cfg.u_scale)
         place = 2 * data.factors(rows) / (data.sizes - 1) - 1                  # (B, K)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * train.warmth(cfg, step)
+            group["lr"] = cfg.lr * train.rate_share(cfg, step)
         optimizer.zero_grad()
         (encoder(data.images(rows)).mean - place).square().mean().backward()
         optimizer.step()

@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import idiff  # noqa: E402
 import train  # noqa: E402
 from idiff import Config, IDiff, ScoreUNet, fourier, load_data  # noqa: E402
 
@@ -140,14 +141,14 @@ def build(cfg, make=None, width=0):
         if make:
             result.unet = make(cfg, width)
         return result
-    with mock.patch.object(train, "IDiff", model):
+    with mock.patch.object(idiff, "IDiff", model):
         return train.build(cfg, DEVICE)
 
 def step_s(cfg, data, parts, contiguous=False):
     """Seconds of one training step, draw included."""
     step = cfg.settle_steps                    # from which on all parts learn
     start = time.perf_counter()
-    batch = train.draw_batch(cfg, data, step)
+    batch = train.draw_batch(parts[0], data, step)
     if contiguous:
         batch = [tensor.contiguous() for tensor in batch]
     float(train.train_step(cfg, *parts, batch, step)["gradient norm"])     # waits
@@ -155,9 +156,10 @@ def step_s(cfg, data, parts, contiguous=False):
 
 def draw_s(cfg, data, n=10):
     """Seconds of draw_batch alone, mean of n."""
+    model = IDiff(cfg)
     start = time.perf_counter()
     for _ in range(n):
-        x = train.draw_batch(cfg, data, cfg.settle_steps)[0]
+        x = train.draw_batch(model, data, cfg.settle_steps)[0]
     float(x[0, 0, 0, 0])
     return (time.perf_counter() - start) / n
 
@@ -329,7 +331,7 @@ def several_s(cfg, data, parts, first, n):
     """Seconds of one of n steps from the first on; the host waits once, at the end."""
     start = time.perf_counter()
     for step in range(first, first + n):
-        train.train_step(cfg, *parts, train.draw_batch(cfg, data, step), step)
+        train.train_step(cfg, *parts, train.draw_batch(parts[0], data, step), step)
     wait()
     return (time.perf_counter() - start) / n
 
@@ -379,12 +381,12 @@ def denoising_loss(model, batch):
 def curve(args, recipe, data, make):
     """The denoising loss at each of MARKS, trained on the same draws whatever the U-Net is."""
     cfg = config(10, lr=args.lr, schedule="constant", **recipe)
-    held_out = train.draw_batch(config(120, seed=1_000_003), data, 0)
+    held_out = train.draw_batch(IDiff(config(120, seed=1_000_003)), data, 0)
     width, count = fit(make, cfg, args.params)
     model, ema, optimizers = build(cfg, make, width)
     found = []
     for step in range(args.images // 10):
-        batch = train.draw_batch(cfg, data, step)
+        batch = train.draw_batch(model, data, step)
         train.train_step(cfg, model, ema, optimizers, batch, step)
         if 10 * (step + 1) in MARKS:
             found.append(f"{denoising_loss(model, held_out):.4f}")

@@ -24,7 +24,7 @@ def short_validation():
     """A run's end sees 512 draws, not 4,096."""
     import train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "validate", partial(train.validate, n=512))
+        patch.setattr(train, "fresh_draws", partial(train.fresh_draws, n=512))
         yield
 
 

@@ -68,7 +68,7 @@ def fake_step(cfg, data, monkeypatch, step):
         for p in parts[0].parameters():
             p.grad = torch.zeros_like(p)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    numbers = train.train_step(cfg, *parts, train.draw_batch(cfg, data, step), step)
+    numbers = train.train_step(cfg, *parts, train.draw_batch(parts[0], data, step), step)
     assert all(number.device == data.device for number in numbers.values())
     return parts[0]
 
@@ -78,7 +78,7 @@ def fake_step(cfg, data, monkeypatch, step):
     (5, {}),
     (5, dict(model="vae", u="var")),
     (5, dict(prior="known", latent="st")),
-    (5, dict(prior="diagonal", kl_balance=0.8, kl_reverse=1.0)),
+    (5, dict(prior="full", kl_balance=0.8, kl_reverse=1.0)),
     (5, dict(predict="eps", muon=0.0, latent="gumbel")),
     (5, dict(patch=2))])
 def test_no_step_mixes_devices_or_waits(step, changes, fake_cuda, monkeypatch):
@@ -153,11 +153,11 @@ def test_no_step_waits_for_the_gpu(precision):
     data = load_data("shapes3d", torch.device("cuda"))
     parts = train.build(cfg, data.device)
     for step in (0, 5):                                    # settling and after: compiled here
-        train.train_step(cfg, *parts, train.draw_batch(cfg, data, step), step)
+        train.train_step(cfg, *parts, train.draw_batch(parts[0], data, step), step)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in (1, 6):
-            train.train_step(cfg, *parts, train.draw_batch(cfg, data, step), step)
+            train.train_step(cfg, *parts, train.draw_batch(parts[0], data, step), step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -43,7 +43,7 @@ def rank(number, port, file, argv):
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(file, "w")
     importlib.reload(train)                                    # which reads the above
-    train.validate = partial(train.validate, n=512)
+    train.fresh_draws = partial(train.fresh_draws, n=512)
     with without_pictures():
         train.main(argv)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import idiff
 import interpolate
 from conftest import ROOT
 from idiff import Config, IDiff, load_checkpoint, load_data, save_checkpoint
@@ -36,14 +37,14 @@ def write_checkpoint(path, data, **config):
 @pytest.fixture
 def drawn(monkeypatch):
     """What main draws, {file's name: (images (rows, columns, C, H, W), rows, columns)}."""
-    grids, save_grid = {}, interpolate.save_grid
+    grids, save_grid = {}, idiff.save_grid
 
     def record(file, images, rows, columns):
         if isinstance(file, Path):
             shape = len(rows), len(columns)
             grids[file.name] = images.unflatten(0, shape), list(rows), list(columns)
         save_grid(file, images, rows, columns)
-    monkeypatch.setattr(interpolate, "save_grid", record)
+    monkeypatch.setattr(idiff, "save_grid", record)
     return grids
 
 
@@ -78,13 +79,13 @@ def test_the_plain_command_writes_grids_and_a_gif_that_loops(tiny_run, tmp_path)
 @pytest.mark.usefixtures("pictures")
 def test_a_picture_that_cannot_be_drawn_is_named_and_the_others_are(tiny_run, tmp_path, capsys,
                                                                     monkeypatch):
-    save_grid = interpolate.save_grid
+    save_grid = idiff.save_grid
 
     def fails_once(file, *args):
         if "true_factors" in str(file):
             raise ValueError("too many pixels")
         save_grid(file, *args)
-    monkeypatch.setattr(interpolate, "save_grid", fails_once)
+    monkeypatch.setattr(idiff, "save_grid", fails_once)
     interpolate.main([str(tiny_run / "ckpt.pt"), *FAST, "--out", str(tmp_path)])
     assert "true_factors.png is missing: too many pixels" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -114,7 +115,7 @@ def test_pixels_are_enlarged_to_even_squares(tmp_path, side):
     want = want.repeat(128 // side, axis=0).repeat(128 // side, axis=1)
     height, width = want.shape[:2]
     for label in ("a", "word", "a longer one\nof two lines", "z3 · object hue"):
-        interpolate.save_grid(tmp_path / "grid.png", x, [label, "b"], ["", "c", "d"])
+        idiff.save_grid(tmp_path / "grid.png", x, [label, "b"], ["", "c", "d"])
         shown = np.array(Image.open(tmp_path / "grid.png").convert("RGB"))
         assert any(np.array_equal(shown[i:i + height, j:j + width], want)
                    for i in range(len(shown) - height + 1)
@@ -130,7 +131,7 @@ def test_a_row_varies_its_latent_alone(tiny_run, tmp_path, drawn, monkeypatch, s
     model.decoder.register_forward_pre_hook(lambda module, inputs: (inputs[0] * mask,))
     model.unet.register_forward_pre_hook(
         lambda module, inputs: (*inputs[:2], inputs[2] * mask, inputs[3]))
-    monkeypatch.setattr(interpolate, "load_checkpoint", lambda *_: model)
+    monkeypatch.setattr(idiff, "load_checkpoint", lambda *_: model)
     interpolate.main(["ckpt.pt", *FAST, "--sampler", sampler, "--latents", "0", "1", "z2",
                       "--out", str(tmp_path)])
     for network in ("decoder", "diffusion"):
@@ -145,7 +146,7 @@ def test_values_run_over_the_latents_own_range(tiny_run, tiny_npz, tmp_path, dra
     mean, _ = model.encode(data.images(torch.arange(24)))
     codes = (mean - mean.mean(dim=0)) / mean.std(dim=0)                # four steps left it tiny
     encode = model.encode
-    monkeypatch.setattr(interpolate, "load_checkpoint", lambda *_: model)
+    monkeypatch.setattr(idiff, "load_checkpoint", lambda *_: model)
     model.encode = lambda x: ((encode(x)[0] - mean.mean(dim=0)) / mean.std(dim=0), None)
     low, high = np.quantile(codes, [0.02, 0.98], axis=0)
     interpolate.main(["ckpt.pt", *FAST, "--latents", "z1", "--out", str(tmp_path)])

@@ -21,6 +21,7 @@ import interpolate
 import train
 from bench_robust import IMAGES, damage_files, kill_runs
 from conftest import TINY, same
+import idiff
 from idiff import (IDiff, check_memory, load_checkpoint, load_data, read_checkpoint,
                    save_checkpoint)
 
@@ -127,7 +128,9 @@ def test_a_folder_of_pictures_is_trained_on_and_found_again(tmp_path, monkeypatc
     evaluate.main(["dsprites/run/ckpt.pt", "--no-dci", "--n", "24"])
     report = json.loads((tmp_path / "dsprites/run/metrics.json").read_text())
     assert list(report["per_factor"]) == ["shape", "size"] and report["data"].startswith("pics ")
-    assert evaluate.find_data({"data_arg": "dsprites"}, "ckpt.pt") == "dsprites"
+    found = []
+    idiff.data_of({"data_arg": "dsprites"}, "ckpt.pt", load=lambda name, *_: found.append(name))
+    assert found == ["dsprites"]
     assert load_data("dsprites").name == "dsprites replica"
     assert ".csv" in refusal(train.main, [*TINY, "--data", tmp_path, "--steps", "2"])
     sized = [*TINY, "--data", pics, "--factor-sizes", "24", "--steps", "2"]
@@ -157,15 +160,23 @@ def test_codes_that_are_not_finite_are_told(run):
     assert "NaN" in refusal(evaluate.main, [path, "--no-dci"])
     assert "NaN" in refusal(interpolate.main, [path])
 
-def test_a_checkpoint_that_does_not_say_how_it_was_started_goes_on(run, tiny_npz, capsys):
+def test_a_checkpoint_that_does_not_name_its_data_is_not_resumed(run, tiny_npz):
     path = change(run, info={})
     assert "--data" in refusal(train.main, ["--resume", path, "--device", "cpu"])
-    capsys.readouterr()
-    train.main(["--resume", str(path), "--device", "cpu", "--data", str(tiny_npz)])
-    assert "method recipe" in capsys.readouterr().out
+    argv = ["--resume", path, "--device", "cpu", "--data", tiny_npz]
+    assert "unnamed" in refusal(train.main, argv)
+
+def test_a_checkpoint_made_in_python_goes_on(run, capsys):
+    """It says nothing of size and method, which are words of the command line."""
+    info = read_checkpoint(run / "ckpt.pt")["info"]
+    for name in ("size", "method", "frozen"):
+        del info[name]
+    train.main(["--resume", str(change(run, info=info)), "--device", "cpu"])
+    assert "Next:" in capsys.readouterr().out
 
 @pytest.mark.parametrize("entries", [
-    dict(step=None), dict(step=torch.tensor([1.0, 1.0])), dict(optimizers=[])])
+    dict(step=None), dict(step=torch.tensor([1.0, 1.0])), dict(step=99), dict(step=-1),
+    dict(log_size=-1), dict(optimizers=[])])
 def test_training_state_that_does_not_fit_is_refused(run, entries):
     path = change(run, **entries)
     before = path.read_bytes()

@@ -16,6 +16,8 @@ import numpy as np
 import optuna
 import pytest
 
+import evaluate
+import idiff
 import train
 from conftest import ROOT, start
 
@@ -43,7 +45,7 @@ def cells(study, *states):
 def endless_worker(argv):
     """A search in a process of its own, which falls silent in its first trial."""
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    train.train = lambda *_: time.sleep(1000)
+    train.loop = lambda *_: time.sleep(1000)
     train.main(argv)
 
 
@@ -98,14 +100,14 @@ def test_a_killed_trial_of_a_database_is_marked_failed_and_its_cell_runs_again(a
 
 def test_a_stopped_trial_runs_again_whatever_it_was_doing(argv, monkeypatch):
     """Here the last of the grid, in its evaluation."""
-    report, calls = train.evaluate.report, []
+    report, calls = evaluate.report, []
 
-    def stopped_once(*args):
+    def stopped_once(*args, **named):
         calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return report(*args)
-    monkeypatch.setattr(train.evaluate, "report", stopped_once)
+        return report(*args, **named)
+    monkeypatch.setattr(evaluate, "report", stopped_once)
     with pytest.raises(SystemExit, match="same command"):
         train.main([*argv, "--search", "grid"])
     assert len(cells(study_of(argv))) == 3
@@ -122,12 +124,12 @@ def test_the_table_tells_whole_numbers(argv, tmp_path):
 
 @pytest.mark.usefixtures("pictures")
 def test_the_picture_names_words_and_spreads_lambda_kl(argv, monkeypatch):
-    panels, figures = train.evaluate.panels, []
+    panels, figures = idiff.panels, []
 
     def recorded(*args):
         figures.append(panels(*args))
         return figures[-1]
-    monkeypatch.setattr(train.evaluate, "panels", recorded)
+    monkeypatch.setattr(idiff, "panels", recorded)
     train.main([*argv, "--search", "grid", "--over", "kl", "1e-5", "--over", "rec", "1",
                 "--over", "u", "var", "mean+var", "--objective", "contrast"])
     figure, axes = figures[-1]
@@ -144,12 +146,12 @@ def test_the_contrast_orders_runs_that_do_not_learn_by_it(argv):
 
 
 def test_trials_are_evaluated_where_they_are_trained(argv, monkeypatch):
-    report, devices = train.evaluate.report, []
+    report, devices = evaluate.report, []
 
-    def recorded(path, args):
-        devices.append(args.device)
-        return report(path, args)
-    monkeypatch.setattr(train.evaluate, "report", recorded)
+    def recorded(model, data, **named):
+        devices.append(str(data.device))
+        return report(model, data, **named)
+    monkeypatch.setattr(evaluate, "report", recorded)
     train.main([*argv, "--search", "grid", "--trials", "1"])
     assert devices == ["cpu"]
 
@@ -190,11 +192,11 @@ def test_two_workers_share_a_study(argv):
 def test_a_failed_trial_says_why_and_the_search_goes_on(argv, monkeypatch):
     run, calls = train.run, []
 
-    def fails_once(args):
+    def fails_once(*args, **named):
         calls.append(args)
         if len(calls) == 1:
             raise ValueError("rec is nan")
-        return run(args)
+        return run(*args, **named)
     monkeypatch.setattr(train, "run", fails_once)
     train.main([*argv, "--search", "grid"])
     assert len(cells(study_of(argv))) == 3
@@ -250,13 +252,13 @@ def test_data_with_a_u_of_their_own_are_searched_by_it(tmp_path):
 
 
 def test_a_folder_that_takes_no_file_is_named_before_the_first_trial(argv, monkeypatch):
-    monkeypatch.setattr(train, "run", lambda _: pytest.fail("a trial"))
+    monkeypatch.setattr(train, "run", lambda *_, **__: pytest.fail("a trial"))
     with pytest.raises(SystemExit, match="/proc/self"):
         train.main([*argv, "--search", "grid", "--out", "/proc/self"])
 
 
 def test_a_search_without_a_complete_trial_does_not_end_well(argv, monkeypatch, capsys):
-    def fails(_):
+    def fails(*_, **__):
         raise ValueError("rec is nan")
     monkeypatch.setattr(train, "run", fails)
     with pytest.raises(SystemExit, match="no trial"):
@@ -265,7 +267,7 @@ def test_a_search_without_a_complete_trial_does_not_end_well(argv, monkeypatch, 
 
 
 def test_a_full_disk_ends_a_search_and_its_trial_runs_again(argv, monkeypatch):
-    def fails(_):
+    def fails(*_, **__):
         raise OSError("disk full")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="disk full"):
         patch.setattr(train, "run", fails)

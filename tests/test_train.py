@@ -115,7 +115,7 @@ def test_a_picture_that_cannot_be_drawn_is_named_and_the_run_ends_well(
 def test_samples_are_images_as_they_are_and_as_each_network_redraws_them(
         tiny_run, tiny_npz, monkeypatch):
     drawn = []
-    monkeypatch.setattr(train, "save_grid", lambda *args: drawn.extend(args))
+    monkeypatch.setattr(idiff, "save_grid", lambda *args: drawn.extend(args))
     model, data = load_checkpoint(str(tiny_run / "ckpt.pt")), load_data(tiny_npz)
     train.draw_samples("samples.png", model, data)
     _, images, rows, columns = drawn
@@ -232,16 +232,16 @@ def test_a_part_that_does_not_learn_yet_keeps_its_weights(tiny_npz, tmp_path):
     train.main([*TINY, "--data", tiny_npz, "--settle", "0.5", "--steps", "4", "--save-every", "1",
                 "--out", str(tmp_path)])
     cfg = Config(**config_of(tmp_path))
-    data = train.load_data(tiny_npz)
+    data = load_data(tiny_npz)
     model, ema, optimizers = train.build(cfg, data.device)
     start = {k: v.clone() for k, v in model.state_dict().items()}
 
     def moved():
         return {k.split(".")[0] for k, v in model.state_dict().items() if (v != start[k]).any()}
     for step in (0, 1):
-        train.train_step(cfg, model, ema, optimizers, train.draw_batch(cfg, data, step), step)
+        train.train_step(cfg, model, ema, optimizers, train.draw_batch(model, data, step), step)
     assert moved() == {"encoder", "prior"}
-    train.train_step(cfg, model, ema, optimizers, train.draw_batch(cfg, data, 2), 2)
+    train.train_step(cfg, model, ema, optimizers, train.draw_batch(model, data, 2), 2)
     assert moved() == {"encoder", "prior", "decoder", "unet"}
 
 
@@ -319,11 +319,11 @@ def test_a_step_descends_eq_2_and_bounds_its_gradient(shapes3d):
     cfg = small_cfg(kl=0.02, rec=0.7, contrast=0.4, clip=0.05)
     parts = train.build(cfg, shapes3d.device)
     model = parts[0]
-    terms = model(*train.draw_batch(cfg, shapes3d, 3), n_rec=4)
+    terms = model(*train.draw_batch(model, shapes3d, 3), n_rec=4)
     loss = terms["ddpm"] + 0.7 * terms["rec"] + 0.02 * terms["kl"] + 0.4 * terms["contrast"]
     wanted = torch.stack([g.norm() for g in torch.autograd.grad(loss, model.parameters())]).norm()
 
-    told = train.train_step(cfg, *parts, train.draw_batch(cfg, shapes3d, 3), 3)
+    told = train.train_step(cfg, *parts, train.draw_batch(model, shapes3d, 3), 3)
     left = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert float(told["gradient norm"]) == pytest.approx(float(wanted), rel=1e-4)
     assert float(wanted) > 0.05 and float(left) == pytest.approx(0.05, rel=1e-3)
@@ -334,7 +334,7 @@ def test_the_average_is_warmed_up(shapes3d):
     cfg = small_cfg()
     model, ema, optimizers = train.build(cfg, shapes3d.device)
     first = model.decoder.head.mix.weight.detach().clone()
-    train.train_step(cfg, model, ema, optimizers, train.draw_batch(cfg, shapes3d, 0), 0)
+    train.train_step(cfg, model, ema, optimizers, train.draw_batch(model, shapes3d, 0), 0)
     moved = model.decoder.head.mix.weight - first
     of_average = ema.decoder.head.mix.weight - first
     torch.testing.assert_close(of_average, 0.9 * moved, rtol=1e-3, atol=1e-7)
@@ -343,10 +343,10 @@ def test_the_average_is_warmed_up(shapes3d):
 @pytest.mark.parametrize("predict", ["eps", "residual"])
 def test_times_are_drawn_one_in_each_stratum(predict, shapes3d):
     """Of (0, 1], or of the logarithm of sigma / alpha from 0.01 to 3; anywhere within it."""
-    cfg = small_cfg(predict=predict, batch_size=16, ddpm_images=16)
+    model = idiff.IDiff(small_cfg(predict=predict, batch_size=16, ddpm_images=16))
     places = []
     for step in range(20):
-        _, _, t, _ = train.draw_batch(cfg, shapes3d, step)
+        _, _, t, _ = train.draw_batch(model, shapes3d, step)
         if predict == "residual":
             ratio = (-idiff.VPSDE().lam(t)).exp()
             t = (ratio / 0.01).log() / math.log(300)
@@ -360,8 +360,9 @@ def test_kl_waits_for_the_decoder():
     """While encoder and prior learn alone nothing would hold q(z|x) narrow."""
     cfg = small_cfg(settle=0.5, kl=0.1, rec=2.0)
     terms = {name: torch.tensor(1.0) for name in ("ddpm", "rec", "kl", "contrast")}
-    assert float(train.total_loss(cfg, terms, 199)[0]) == pytest.approx(1 + 2 + cfg.contrast)
-    assert float(train.total_loss(cfg, terms, 200)[0]) == pytest.approx(1 + 2.1 + cfg.contrast)
+    weights = idiff.IDiff(cfg).weights
+    assert float(train.total_loss(terms, weights(True))[0]) == pytest.approx(1 + 2 + cfg.contrast)
+    assert float(train.total_loss(terms, weights())[0]) == pytest.approx(1 + 2.1 + cfg.contrast)
 
 
 def test_the_average_keeps_statistics_that_are_no_weights():
@@ -373,17 +374,18 @@ def test_the_average_keeps_statistics_that_are_no_weights():
 
 def test_the_learning_rate_rises_and_falls():
     cfg = small_cfg(steps=1000)
-    shares = [train.warmth(cfg, step) for step in (0, 49, 500, 750, 1000)]
+    shares = [train.rate_share(cfg, step) for step in (0, 49, 500, 750, 1000)]
     cosine = [math.cos(math.pi * x / 2) ** 2 for x in (0, 0.049, 0.5, 0.75, 1)]
     assert shares == pytest.approx([a * b for a, b in zip((0.01, 0.5, 1, 1, 1), cosine)])
-    assert train.warmth(small_cfg(schedule="constant"), 399) == 1
+    assert train.rate_share(small_cfg(schedule="constant"), 399) == 1
 
 
 def test_validation_draws_the_same_whatever_the_seed(tiny_run, tiny_npz):
     model = load_checkpoint(tiny_run / "ckpt.pt")
     data = load_data(tiny_npz)
-    first = train.validate(model.cfg, model, data)
-    assert train.validate(replace(model.cfg, seed=5), model, data) == first
+    first = train.fresh_draws(model, data)
+    model.cfg = replace(model.cfg, seed=5)
+    assert train.fresh_draws(model, data) == first
 
 
 def test_muon_moves_the_matrices_of_decoder_and_unet_alone():
@@ -428,7 +430,7 @@ def test_muons_momentum_is_nine_tenths():
 @torch.no_grad()
 def test_the_elbo_is_that_of_a_gaussian_decoder(shapes3d):
     cfg = small_cfg()
-    result = train.validate(cfg, train.build(cfg, shapes3d.device)[0], shapes3d, n=256)
+    result = train.fresh_draws(train.build(cfg, shapes3d.device)[0], shapes3d, n=256)
     deviation = result["rec"] ** 0.5
     density = torch.distributions.Normal(0.0, deviation)
     errors = torch.full((3 * 64 * 64,), deviation)
@@ -540,7 +542,7 @@ def test_a_missing_checkpoint_is_not_frozen_nor_a_resumed_run(full_ivae, tiny_np
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def stopped(request, tiny_npz, tmp_path, monkeypatch):
     """A run of four steps, at whose second a signal comes; what it said is in its text."""
-    save = train.save_checkpoint
+    save = idiff.save_checkpoint
 
     def save_then_press(path, model, ema, **state):
         save(path, model, ema, **state)
@@ -548,7 +550,7 @@ def stopped(request, tiny_npz, tmp_path, monkeypatch):
             signal.raise_signal(request.param)
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(train, "save_checkpoint", save_then_press)
+        patch.setattr(idiff, "save_checkpoint", save_then_press)
         train.main([*TINY, "--data", tiny_npz, "--steps", "4", "--save-every", "2",
                     "--out", str(out)])
     return out, str(end.value.code)
@@ -590,7 +592,7 @@ def test_a_notebooks_own_handlers_are_back_after_a_run(tiny_npz, tmp_path, monke
             train.main([*argv, str(tmp_path / "stopped")])
         assert all(signal.getsignal(number) is own for number in signals)
         with pytest.raises(SystemExit, match="disk full"), monkeypatch.context() as patch:
-            patch.setattr(train, "save_checkpoint", fails)
+            patch.setattr(idiff, "save_checkpoint", fails)
             train.main([*argv, str(tmp_path / "failed")])
         assert all(signal.getsignal(number) is own for number in signals)
     finally:
@@ -774,8 +776,8 @@ def test_resume_with_images_of_other_channels_says_so(tmp_path, tiny_npz):
 def test_a_term_of_no_weight_may_overflow(tmp_path, tiny_npz, monkeypatch):
     def overflowing(model, *batch, **named):
         return {**forward(model, *batch, **named), "kl_reverse": torch.tensor(math.inf)}
-    forward = train.IDiff.forward
-    monkeypatch.setattr(train.IDiff, "forward", overflowing)
+    forward = idiff.IDiff.forward
+    monkeypatch.setattr(idiff.IDiff, "forward", overflowing)
     argv = [*TINY, "--data", str(tiny_npz), "--steps", "3", "--model", "ivae"]
     train.main([*argv, "--out", str(tmp_path / "run")])
     assert all("rec" in r and "kl_reverse" not in r for r in steps_of(tmp_path / "run"))
@@ -798,7 +800,7 @@ def test_losses_of_an_ivae_are_drawn_though_none_is_the_unets(tmp_path):
     assert (tmp_path / "losses.png").is_file()
 
 
-def test_no_torchvision_is_needed(tmp_path, tiny_npz):
+def test_a_torchvision_that_does_not_fit_costs_the_grids_and_is_told_in_a_line(tmp_path, tiny_npz):
     """One made for another torch raises as it is imported."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(
@@ -807,7 +809,9 @@ def test_no_torchvision_is_needed(tmp_path, tiny_npz):
     done = subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "samples.png").exists()
+    [told] = [line for line in done.stderr.splitlines() if "samples.png is missing" in line]
+    assert "torchvision does not fit torch" in told and "requirements.txt" in told
+    assert (tmp_path / "run" / "losses.png").exists()
 
 
 # ---- data of one's own ----
@@ -895,8 +899,8 @@ def test_images_alone_train_a_vae_and_nothing_else(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--prior", "known"], "--prior full"), (["--prior", "diagonal"], "--prior full"),
-    (["--image-size", "20"], "multiple of 16"), (["--u", "mean+var"], "--u mean+var")])
+    (["--prior", "known"], "prior 'full'"),
+    (["--image-size", "20"], "multiple of 16"), (["--u", "mean+var"], "u 'mean+var'")])
 def test_what_does_not_go_with_own_u_is_refused(tmp_path, capsys, flags, word):
     path = write_own(tmp_path / "a.npz", u=np.arange(40.0))
     assert word in refusal([*TINY, "--data", path, *flags, "--out", str(tmp_path / "run")], capsys)
