@@ -47,8 +47,9 @@ PAPER = {                                                      # Tables 2 and 3:
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, help="ckpt.pt, metrics.json or codes.npz")
-    add("--out", type=Path, help="folder of the report, or of many paths' tables (default: theirs)")
+    add("paths", nargs="+", type=idiff.user_path, help="ckpt.pt, metrics.json or codes.npz")
+    add("--out", type=idiff.user_path,
+        help="folder of the report, or of many paths' tables (default: theirs)")
     add("--n", type=int, default=N_DCI,
         help="images to encode; up to 15,000, DCI alone takes all (default: 15000)")
     add("--generate", type=int, default=0, metavar="N",
@@ -57,7 +58,8 @@ def build_parser():
         help="of latents, and of factors that are numbers (default: 20)")
     add("--no-dci", action="store_true", help="skip DCI, which takes most of the time")
     add("--seed", type=int, default=0, help="of rows, samples and trees (default: 0)")
-    add("--data", help="name or path of the data (default: those the model was trained on)")
+    add("--data", type=os.path.expanduser,
+        help="name or path of the data (default: those the model was trained on)")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     return parser
 
@@ -634,13 +636,15 @@ def format_tables(results):
 # ---- Pictures ----
 
 def draw_latents(r):
-    """Histograms of samples of each latent, coloured by the factor it knows most of."""
+    """Histograms of samples of the 40 most informative latents at most, coloured by the factor
+    that each knows most of."""
     from matplotlib import colormaps
     share = np.nan_to_num(np.array(r["mi_over_h"], float))     # None is NaN
-    figure, axes = idiff.panels(len(share))
+    shown = np.sort(share.max(axis=1).argsort()[::-1][:40])
+    figure, axes = idiff.panels(len(shown))
     names = list(r["per_factor"])
     arrays = r["arrays"]
-    for i, ax in enumerate(axes):
+    for i, ax in zip(shown, axes):
         j = share[i].argmax()
         name = names[j]
         z = arrays["samples"][:, i]

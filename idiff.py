@@ -87,8 +87,14 @@ class Config:
                           "decoder's image lacks", PREDICTIONS)
     typical: float = option(0.1, "expected size of the decoder's error, for residual",
                             least=1e-3)
-    settle: float = option(0.4, "share of the steps in which encoder and prior first learn alone",
+    condition: str = option("mean", "what of q(z|x) the U-Net is given: its mean, or a sample",
+                            ("mean", "sample"))
+    settle: float = option(0.4, "share of the iVAE's steps in which encoder and prior learn alone",
                            below=1)
+    unet_share: float = option(1 / 3, "share of all steps, at the end, for the U-Net alone",
+                               below=1)
+    unmix: int = option(1, "how often z is unmixed while settling, the last time at its end",
+                        below=10)
     width: int = option(32, "channels of encoder and decoder at their finest level", least=1)
     unet_width: int = option(32, "channels of the U-Net at its finest level", least=8)
     patch: int = option(4, "side in pixels of the space-to-depth stem; smaller is finer, slower",
@@ -96,8 +102,8 @@ class Config:
     batch_size: int = option(128, "images per step, all of which are encoded", least=1)
     rec_images: int = option(32, "images of each batch that are decoded; 0 for all")
     ddpm_images: int = option(24, "images of each batch that the U-Net sees; 0 for all")
-    epochs: float = option(1.5, "length in epochs of 480,000 draws")
-    steps: int = option(0, "number of optimiser steps; 0 leaves it to --epochs")
+    epochs: float = option(1.5, "length of the iVAE's training in epochs of 480,000 draws")
+    steps: int = option(0, "number of all optimiser steps; 0 leaves it to --epochs")
     lr: float = option(2e-3, "peak learning rate of AdamW")
     muon: float = option(0.03, "that of Muon, for matrices of decoder and U-Net; 0: AdamW")
     schedule: str = option("cosine", "learning rate after warm-up", ("constant", "cosine"))
@@ -136,6 +142,9 @@ class Config:
             raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}.")
         if self.unet_width % 8:
             raise ValueError(f"unet_width must be a multiple of 8, got {self.unet_width}.")
+        if self.contrast and self.model != "vae" and self.batch_size == 1:
+            raise ValueError("one image has nothing to be contrasted with: batch_size must be 2 or "
+                             "more, or contrast 0.")
         if self.model != "idiff" and self.rec == self.kl == self.contrast == 0:
             raise ValueError("rec, kl and contrast are all 0: nothing would be learned.")
 
@@ -174,9 +183,26 @@ class Config:
         return self.model != "vae" and self.contrast > 0 and self.settle > 0
 
     @property
+    def ivae_steps(self):
+        """How many steps the iVAE learns, at first; the U-Net has the others for itself."""
+        alone = self.unet_share if self.model == "idiff" else 0
+        return self.steps - round(alone * self.steps)
+
+    @property
     def settle_steps(self):
-        """How many steps they learn alone."""
-        return round(self.settle * self.steps) if self.settles else 0
+        """How many steps encoder and prior learn alone."""
+        return round(self.settle * self.ivae_steps) if self.settles else 0
+
+    @property
+    def unet_from(self):
+        """The first step at which the U-Net learns."""
+        return self.settle_steps if self.ivae_steps == self.steps else self.ivae_steps
+
+    @property
+    def unmix_steps(self):
+        """The steps before which z is unmixed: evenly spread, the last where settling ends."""
+        times = self.unmix if self.settle_steps and self.latent == "gaussian" else 0
+        return [round(self.settle_steps * (k + 1) / times) for k in range(times)]
 
     @property
     def halvings(self):
@@ -326,6 +352,14 @@ class Encoder(nn.Module):
         # start narrow if the decoder comes late: at first it would see little but noise
         if cfg.latent == "gaussian" and cfg.settles:
             nn.init.constant_(last[-1].bias[cfg.latent_dim:], self.LOGVAR_AT_START)
+
+    @torch.no_grad()
+    def turn(self, w, b):
+        """Make the means w mean + b, w (D, D), b (D,), by folding that into the last layer."""
+        *_, last = (layer for layer in self.modules() if isinstance(layer, nn.Linear))
+        d = len(b)
+        last.weight[:d] = w @ last.weight[:d]
+        last.bias[:d] = w @ last.bias[:d] + b
 
     def forward(self, x):
         h = widened(self.net(like_weights(x, self)))           # (B, 2 D) or (B, D L)
@@ -879,9 +913,9 @@ class IDiff(nn.Module):
     def forward(self, x, u, t, eps, n_rec=None):
         """The unweighted terms of Eq. 2 and those beyond it, a dict of scalars.
 
-        x: (B, C, H, W); u: (N, U), N >= B, the first B those of x; t: (b,) and eps: (b, C, H, W)
-        with b <= B. The encoder sees all B images, the decoder the first n_rec (None: all), the
-        U-Net the first b.
+        x: (B, C, H, W); u: (N, U), N >= B, the first B those of x, or None, if nothing is asked of
+        the latents; t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all B images, the
+        decoder the first n_rec (None: all), the U-Net the first b.
 
         kl: KL(q(z|x) || p(z|u)). rec: the decoder's mean squared error, absent without images for
         it. ddpm: Eq. 3, the mean square of prediction.error, absent without a U-Net or t. For the
@@ -893,22 +927,30 @@ class IDiff(nn.Module):
         # every image is encoded
         q = self.encoder(x)                                    # over (B, D)
         z = q.rsample().flatten(1)                             # (B, D) or (B, D L)
-        terms = self.latent_terms(q, z, u)
+        terms = {} if u is None else self.latent_terms(q, z, u)
 
-        # the first ones are decoded
-        n_decoded = max(n_rec, n_ddpm)
-        if n_decoded == 0:
-            return terms
-        x_hat = self.decoder(z[:n_decoded])
+        # the first ones are decoded, of samples of q
+        sampled = self.cfg.condition == "sample" or self.cfg.latent != "gaussian"
+        n_decoded = max(n_rec, n_ddpm) if sampled else n_rec
+        if n_decoded:
+            x_hat = self.decoder(z[:n_decoded])
         if n_rec:
             error = x_hat[:n_rec] - x[:n_rec]
             terms["rec"] = error.square().mean()
 
-        # diffusion: the decoder is not to learn from it, the encoder is
+        # diffusion is given what it is given in use: q's mean and the decoder's image of it. Or, as
+        # in the paper, a sample, through which the encoder learns, too. The decoder never does.
         if self.unet is not None and n_ddpm:
+            if sampled:
+                z = z[:n_ddpm]
+                x_hat = x_hat[:n_ddpm].detach()
+            else:
+                z = q.mean[:n_ddpm].detach()
+                with torch.no_grad():
+                    x_hat = self.decoder(z)
             x = x[:n_ddpm]
             x_t = self.sde.add_noise(x, eps, t)
-            x_0 = self.denoise(x_t, t, z[:n_ddpm], x_hat[:n_ddpm].detach())
+            x_0 = self.denoise(x_t, t, z, x_hat)
             terms["ddpm"] = self.prediction.error(x_0, x, t).square().mean()
         return terms
 
@@ -1159,6 +1201,10 @@ class ScalesU:
             told.append(m)
         return rows, torch.cat([each[:, data.varied] for each in told], dim=1)
 
+    def draw_held_out(self, data, n, generator):
+        """The same, of rows that training never sees, where a kind of u keeps some."""
+        return self.draw(data, n, generator)
+
     def unpack(self, u):
         """{"log_scale": log s, "centre": m}, (B, K) each, of u (B, U)."""
         scales = u[:, :self.n_factors]
@@ -1173,15 +1219,22 @@ class CentresU(ScalesU):
 
 
 class OwnU(ScalesU):
-    """The data's own u: all rows are equally likely, and u is theirs (--u own)."""
+    """The data's own u: all rows but those held out are equally likely (--u own)."""
 
     @property
     def width(self):
         return self.n_u
 
     def draw(self, data, n, generator):
-        rows = torch.randint(len(data), (n,), generator=generator, device=data.device)
-        return rows, data.u[rows]
+        return self.choose(data, data.trained, n, generator)
+
+    def draw_held_out(self, data, n, generator):
+        return self.choose(data, data.held_out, n, generator)
+
+    def choose(self, data, rows, n, generator):
+        """n of rows, with replacement, and their u."""
+        chosen = torch.randint(len(rows), (n,), generator=generator, device=data.device)
+        return rows[chosen], data.u[rows[chosen]]
 
     def unpack(self, u):
         raise ValueError("the data's own u does not tell scales and centres of factors.")
@@ -1238,6 +1291,11 @@ class Data:
             self.numbers, self.order = (self.table * self.strides).sum(dim=1).sort()
         self.u = torch.zeros(len(self), 0, device=device) if u is None else u.to(device)
 
+        # rows that training by the data's own u never sees: 5 %, the same for every run
+        n = len(self)
+        order = torch.from_numpy(np.random.default_rng(0).permutation(n)).to(device)
+        self.held_out, self.trained = order.tensor_split([min(max(n // 20, 64), 5000, n // 2)])
+
     def __len__(self):
         if self.table is None:
             return math.prod(self.factor_sizes)
@@ -1249,10 +1307,11 @@ class Data:
             return rows[:, None] // self.strides % self.sizes
         return self.table[rows]
 
-    def draw(self, n, generator, u="mean+var", u_scale=0.3):
+    def draw(self, n, generator, u="mean+var", u_scale=0.3, held_out=False):
         """Rows (n,) and their u (n, U), drawn as a kind of u says, see U_KINDS."""
         kind = U_KINDS[u](len(self.varied), self.u.shape[1], u_scale)
-        return kind.draw(self, n, generator)
+        draw = kind.draw_held_out if held_out else kind.draw
+        return draw(self, n, generator)
 
     def modulate(self, s, m, generator):
         """Rows (n,) drawn with probability ∝ exp(-sum_k ((g_k - m_k) / s_k)^2 / 2); s, m: (n, K).
@@ -1536,6 +1595,11 @@ def script(name, less):
             if isinstance(error, ImportError):
                 text += ". Try: pip install -r requirements.txt"
             sys.exit(f"{name}: {text}")
+
+
+def user_path(text):
+    """The Path of a flag's text. The shell leaves the ~ of --out=~/x as it is."""
+    return Path(text).expanduser()
 
 
 class Lines:

@@ -11,6 +11,7 @@ and between return images with labels, (images, rows, columns), for idiff.save_g
 import argparse
 import io
 import math
+import os
 import warnings
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", help="ckpt.pt of a run of train.py")
+    add("checkpoint", type=idiff.user_path, help="ckpt.pt of a run of train.py")
     add("--image", nargs=1, metavar="IMAGE", help="redraw and traverse this image")
     add("--swap", nargs=2, metavar=("A", "B"), help="put latents of image B into image A")
     add("--between", nargs=2, metavar=("A", "B"), help="interpolate: z linearly, noise on a sphere")
@@ -37,8 +38,9 @@ def build_parser():
     add("--sampler", choices=idiff.SAMPLERS, default="dpmpp", help="(default: dpmpp)")
     add("--seed", type=int, default=0,
         help="seed of the rows encoded, the base image and the noise (default: 0)")
-    add("--data", help="name or path of the data (default: those the model was trained on)")
-    add("--out", type=Path, help="folder of the pictures (default: the checkpoint's)")
+    add("--data", type=os.path.expanduser,
+        help="name or path of the data (default: those the model was trained on)")
+    add("--out", type=idiff.user_path, help="folder of the pictures (default: the checkpoint's)")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     return parser
 

@@ -40,7 +40,8 @@ SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, rec_images=0, ddpm_images=0,
                       batch_size=512, epochs=10.0, precision="bfloat16")}
 PAPER = dict(latent_dim=10, prior="full", prior_mean="learned", u="var", kl=5e-4, rec=0.1,
-             contrast=0.0, settle=0.0, predict="eps", batch_size=32, rec_images=0,
+             contrast=0.0, settle=0.0, predict="eps", condition="sample", unet_share=0.0,
+             batch_size=32, rec_images=0,
              ddpm_images=0, lr=2e-4, muon=0.0, schedule="constant")
 
 # Fields of Config that a U-Net shares with the frozen iVAE that it is trained on.
@@ -64,16 +65,19 @@ def build_parser():
             prog, max_help_position=28, width=110))
 
     add = parser.add_argument_group("the run").add_argument
-    add("--data", help=f"{', '.join(idiff.DATA_SETS)}, .h5 or .npz file, folder (default: "
-        "shapes3d, or a frozen iVAE's)")
+    path = os.path.expanduser                              # the shell leaves --out=~/x as it is
+    add("--data", type=path, help=f"{', '.join(idiff.DATA_SETS)}, .h5 or .npz file, folder "
+        "(default: shapes3d, or a frozen iVAE's)")
     add("--factor-sizes", type=sizes, metavar="V,V,...",
         help="numbers of values, where an .npz or .h5 file of a full grid lists no factors")
     add("--size", choices=SIZES, default="small", help="widths, batch and length (default: small)")
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
-    add("--out", help="folder of the run (default: a new one, runs/MODEL-sSEED or search-KIND)")
-    add("--resume", metavar="CKPT", help="go on with the run of this checkpoint")
-    add("--freeze-ivae", metavar="CKPT", help="train a U-Net on the frozen iVAE of this checkpoint")
+    add("--out", type=path,
+        help="folder of the run (default: a new one, runs/MODEL-sSEED or search-KIND)")
+    add("--resume", type=path, metavar="CKPT", help="go on with the run of this checkpoint")
+    add("--freeze-ivae", type=path, metavar="CKPT",
+        help="train a U-Net on the frozen iVAE of this checkpoint")
     add("--save-every", type=positive, default=500, metavar="N",
         help="steps between writes of ckpt.pt (default: 500)")
     add("--log-every", type=positive, default=20, metavar="N",
@@ -88,7 +92,6 @@ def build_parser():
         help="how many this process runs (default: 30; grid: every cell)")
     add("--objective", choices=("mig", "contrast"), default="mig",
         help="contrast, measured on fresh draws, needs no labels (default: mig)")
-    add("--storage", metavar="URL", help="a database in place of the file study.log in --out")
 
     add = parser.add_argument_group("what changes the numbers; defaults: the recipe").add_argument
     for f in fields(Config):
@@ -138,7 +141,7 @@ def recipe(data, size="small", paper=False, ivae=None, **changes):
         if ivae.cfg.model == "vae":
             raise ValueError("the model to freeze is a VAE: there is no p(z|u) to freeze.")
         fixed = {name: getattr(ivae.cfg, name) for name in IVAE}
-        fixed.update(model="idiff", settle=0.0)
+        fixed.update(model="idiff", settle=0.0, unet_share=0.0)
 
     try:
         cfg = Config(**{**values, **fixed, **changes, **shape})
@@ -154,11 +157,13 @@ def recipe(data, size="small", paper=False, ivae=None, **changes):
             raise ValueError(f"the frozen iVAE needs {name} {value}, got {getattr(cfg, name)}.")
 
     # lengths and counts as they come out
-    steps = cfg.steps or max(1, round(cfg.epochs * DRAWS_PER_EPOCH / cfg.batch_size))
-    rec_images = min(cfg.rec_images or cfg.batch_size, cfg.batch_size)
-    ddpm_images = min(cfg.ddpm_images or cfg.batch_size, cfg.batch_size)
-    return replace(cfg, steps=steps, epochs=steps * cfg.batch_size / DRAWS_PER_EPOCH,
-                   rec_images=rec_images, ddpm_images=ddpm_images)
+    steps = cfg.epochs * DRAWS_PER_EPOCH / cfg.batch_size
+    if cfg.model == "idiff":
+        steps /= 1 - cfg.unet_share                            # the U-Net's come on top
+    cfg = replace(cfg, steps=cfg.steps or max(1, round(steps)),
+                  rec_images=min(cfg.rec_images or cfg.batch_size, cfg.batch_size),
+                  ddpm_images=min(cfg.ddpm_images or cfg.batch_size, cfg.batch_size))
+    return replace(cfg, epochs=cfg.ivae_steps * cfg.batch_size / DRAWS_PER_EPOCH)
 
 
 def check_fit(cfg, data):
@@ -269,6 +274,14 @@ def orthogonalise(m):
     return m
 
 
+def freeze(model, ivae):
+    """Give the parts of a model, but for its U-Net, the weights of another, and let them stay."""
+    for name in ("encoder", "prior", "decoder"):
+        part = getattr(model, name)
+        part.load_state_dict(getattr(ivae, name).state_dict())
+        part.eval().requires_grad_(False)                  # in eval mode BatchNorm stays as it is
+
+
 def build(cfg, device, ivae=None):
     """Model, its averaged copy and optimisers, seeded.
 
@@ -279,11 +292,9 @@ def build(cfg, device, ivae=None):
 
     # a frozen iVAE
     if ivae is not None:
-        for name in ("encoder", "prior", "decoder"):
-            part = deepcopy(getattr(ivae, name)).eval()    # in eval mode BatchNorm stays as it is
-            setattr(model, name, part.requires_grad_(False))
+        freeze(model, ivae)
     model.to(device, memory_format=torch.channels_last)
-    ema = deepcopy(model)
+    ema = deepcopy(model).eval()
 
     # networks only: distributions are built outside of compiled parts
     if device.type == "cuda":
@@ -335,11 +346,19 @@ def restore(content, path, model, ema, optimizers):
 
 # ---- One step ----
 
+def stage(cfg, step):
+    """The step's number within its stage, the iVAE's or the U-Net's, and that stage's length."""
+    if step < cfg.ivae_steps or cfg.ivae_steps == cfg.steps:
+        return step, cfg.ivae_steps
+    return step - cfg.ivae_steps, cfg.steps - cfg.ivae_steps
+
+
 def rate_share(cfg, step):
     """Share of the peak learning rates: up over 100 steps, then 1, or half a cosine down to 0."""
-    share = min(1.0, (step + 1) / 100)
+    k, n = stage(cfg, step)
+    share = min(1.0, (k + 1) / 100)
     if cfg.schedule == "cosine":
-        share *= 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)
+        share *= 0.5 + 0.5 * math.cos(math.pi * k / n)
     return share
 
 
@@ -359,7 +378,7 @@ def draw_batch(model, data, step):
     x = data.images(rows)
 
     # one time in each of b equal parts, for the U-Net's images
-    b = 0 if step < cfg.settle_steps else cfg.ddpm_images
+    b = 0 if step < cfg.unet_from else cfg.ddpm_images
     stratum = torch.arange(b, device=device)
     share = (stratum + torch.rand(b, generator=generator, device=device)) / max(b, 1)
     t = model.prediction.times(share)
@@ -405,11 +424,14 @@ def train_step(cfg, model, ema, optimizers, batch, step):
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * rate_share(cfg, step)
 
-    # at first encoder and prior learn alone
+    # at first encoder and prior learn alone, at last the U-Net
+    x, u, t, eps = batch
     settling = step < cfg.settle_steps
     n_rec = 0 if settling else cfg.rec_images
-    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
-        terms = model(*batch, n_rec=n_rec // WORLD)
+    if step >= cfg.ivae_steps:
+        x, u, n_rec = x[:len(t)], None, 0
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
+        terms = model(x, u, t, eps, n_rec // WORLD)
     loss, used = total_loss(terms, ema.weights(settling))
 
     # descend, with the gradient's norm bounded, and average the weights
@@ -418,8 +440,100 @@ def train_step(cfg, model, ema, optimizers, batch, step):
     gradient_norm = clip_grad_norm_(model.parameters(), cfg.clip)
     for optimizer in optimizers:
         optimizer.step()
-    average(ema, model, min(cfg.ema, (step + 1) / (step + 10)))                # warm-up
+    k, _ = stage(cfg, step)
+    average(ema, model, min(cfg.ema, (k + 1) / (k + 10)))                      # warm-up
     return {**used, "gradient norm": gradient_norm}
+
+
+# ---- Unmixing ----
+
+def likelihood(w, b, prior, z, u, scales=True):
+    """log p(Wz + b|u) + log |det W| of codes z (N, D) in nats, (N,); scales: u tells variances."""
+    p = prior(u)
+    if not scales:
+        p = idiff.Gaussian(p.mean, torch.zeros_like(p.mean))
+    return p.log_prob(z @ w.T + b).sum(dim=1) + w.slogdet().logabsdet
+
+
+def fit_unmixing(prior, z, u, mixes=True, scales=True):
+    """(W, b, prior) of the greatest likelihood, by L-BFGS from W = 1, b = 0 and the given prior.
+
+    mixes: else W is diagonal; scales: see likelihood.
+    """
+    prior = deepcopy(prior).requires_grad_(True)
+    one = torch.eye(z.shape[1], device=z.device)
+    w = one.clone().requires_grad_(True)
+    b = torch.zeros(len(w), device=z.device, requires_grad=True)
+    mask = torch.ones_like(one) if mixes else one
+    optimizer = torch.optim.LBFGS([w, b, *prior.parameters()], max_iter=150, history_size=20,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -likelihood(w * mask, b, prior, z, u, scales).mean()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    return (w * mask).detach(), b.detach(), prior.requires_grad_(False)
+
+
+def unmix(prior, z, u, z_held, u_held):
+    """((W, b, prior), what is told of it): the linear map of z that makes its latents independent.
+
+    The contrast finds z up to a linear map where u moves means; the variances that u tells fix the
+    axes. W, offset and prior are fitted to codes z (N, D) and u (N, U). They are accepted if codes
+    held out are likelier by them, by more than three times the error of that, than without mixing,
+    and than with variances that u does not tell, which fix nothing. Else the first is None.
+    Source: Pham & Cardoso 2001; Hyvarinen & Morioka 2016.
+    """
+    fits = {"with": dict(), "without": dict(mixes=False), "no scales": dict(scales=False)}
+    found, held = {}, {}
+    for name, how in fits.items():
+        found[name] = fit_unmixing(prior, z, u, **how)
+        with torch.no_grad():
+            held[name] = likelihood(*found[name], z_held, u_held, how.get("scales", True))
+
+    # each gain in units of its error; an image that was drawn twice counts once
+    n = len(z_held.unique(dim=0))
+    gains = []
+    for name in ("without", "no scales"):
+        gain = held["with"] - held[name]
+        gains.append((gain.mean() / gain.std() * n**0.5).item())
+    accepted = all(gain > 3 for gain in gains)             # not where a fit failed: NaN
+    told = {"from": held["without"].mean().item(), "to": held["with"].mean().item(),
+            "gain in errors": min(gains), "accepted": accepted}
+    return found["with"] if accepted else None, told
+
+
+@torch.no_grad()
+def draw_codes(model, data, n, held_out):
+    """Means of q(z|x) (n, D) of n draws with a fixed seed, and their u (n, U)."""
+    cfg = model.cfg
+    generator = torch.Generator(data.device).manual_seed(1_000_003)
+    rows, u = data.draw(n, generator, cfg.u, cfg.u_scale, held_out)
+    means = [model.encoder(data.images(part)).mean for part in rows.split(500)]
+    return torch.cat(means), u
+
+
+def unmix_model(model, ema, optimizer, data):
+    """Unmix z: the map goes into the encoder's last layer, the new prior into the model.
+
+    Averaged weights, which the map was fitted to, go on as the model's; the moments of AdamW are
+    those of other weights, and begin anew. Returns what unmix tells.
+    """
+    z, u = draw_codes(ema, data, 20_000, held_out=False)
+    z_held, u_held = draw_codes(ema, data, 5_000, held_out=True)
+    if not z.isfinite().all():
+        raise ValueError("the codes are not finite. Try a smaller --lr, or --precision float32.")
+    found, told = unmix(ema.prior, z, u, z_held, u_held)
+    if found:
+        w, b, prior = found
+        ema.encoder.turn(w, b)
+        ema.prior.load_state_dict(prior.state_dict())
+        for name in ("encoder", "prior"):
+            getattr(model, name).load_state_dict(getattr(ema, name).state_dict())
+        optimizer.state.clear()
+    return told
 
 
 # ---- The run ----
@@ -442,15 +556,15 @@ def mean_over_ranks(numbers):
 
 @contextmanager
 def stop_signals():
-    """A list, empty until Ctrl-C or SIGTERM. These only set a flag; the run then stops after the
-    current step.
+    """A list, empty until a signal to stop. It only sets a flag; the run then stops after the
+    current step. SIGHUP is a closed terminal's, SIGUSR1 what SLURM can send as a warning.
 
     Afterwards they do again what they did before: a notebook may have handlers of its own.
     """
     stop = []
     before = {}
     if threading.current_thread() is threading.main_thread():  # only it may set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             before[number] = signal.signal(number, lambda *_: stop.append(True))
     try:
         yield stop
@@ -474,7 +588,7 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
     if resume:
         content = idiff.read_checkpoint(resume, data.device)
         info = {**info, **content["info"], **data.source}  # the data may have moved
-        out = os.path.dirname(resume) or "."
+        out = os.path.dirname(os.path.realpath(resume))    # a link stays one
         if info.get("frozen"):
             ivae = idiff.load_checkpoint(resume, data.device)
     model, ema, optimizers = build(cfg, data.device, ivae)
@@ -514,7 +628,18 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
     bar = progress(range(first_step, cfg.steps), "step", initial=first_step, total=cfg.steps)
     with stop_signals() as stop, bar:
         for step in bar:
-            model.encoder.temperature = 0.3 ** (step / cfg.steps)      # of Gumbel-softmax
+            # between the stages of the run
+            if step in cfg.unmix_steps:
+                told = unmix_model(model, ema, optimizers[0], data)
+                if RANK == 0:
+                    log(out, {"step": step, "unmixing": told})
+                    kept = "unmixed" if told["accepted"] else "left as they are"
+                    print(f"latents {kept}: held-out log-likelihood from {told['from']:.3f} to "
+                          f"{told['to']:.3f} nats", flush=True)
+            if step == max(cfg.ivae_steps, first_step):    # the U-Net learns alone
+                freeze(model, ema)
+
+            model.encoder.temperature = 0.3 ** min(1, step / cfg.ivae_steps)   # of Gumbel-softmax
             batch = draw_batch(model, data, step)
             numbers = train_step(cfg, ranked, ema, optimizers, batch, step)
             done = step + 1
@@ -555,7 +680,7 @@ def fresh_draws(model, data, n=4096):
     torch.manual_seed(0)                                   # for z's noise
     values = []
     for _ in range(n // 256):
-        rows, u = data.draw(256, generator, cfg.u, cfg.u_scale)
+        rows, u = data.draw(256, generator, cfg.u, cfg.u_scale, held_out=True)
         x = data.images(rows)
         terms = model(x, u, t=x[:0, 0, 0, 0], eps=x[:0])   # no images for the U-Net
         values.append(torch.stack(list(terms.values())))
@@ -597,10 +722,14 @@ def finish(model, data, out):
 
     # a file of the user's own that started this run knows what it changed: the commands go there
     own = Path(sys.argv[0]).resolve()
-    is_own = own.parent == Path(__file__).parent and own.name != "train.py"
-    start = f"python {shlex.quote(own.name)} {{}}" if is_own else "python {}.py"
-    ckpt = shlex.quote(f"{out}/ckpt.pt")
-    print(f"Next:\n  {start.format('evaluate')} {ckpt}\n  {start.format('interpolate')} {ckpt}")
+    here = Path(__file__).resolve().parent
+    is_own = own.parent == here and own.name != "train.py"
+    print("Next:")
+    for name in ("evaluate", "interpolate"):
+        script = [own.name, name] if is_own else [f"{name}.py"]
+        script[0] = os.path.relpath(here / script[0])
+        if name == "interpolate" or data.factor_names:     # metrics need factors
+            print(" ", shlex.join(["python", *script, f"{out}/ckpt.pt"]))
     return result
 
 
@@ -608,7 +737,8 @@ def draw_losses(path, out):
     """losses.png: each term, and the gradient's norm, by step."""
     records = [json.loads(line) for line in Path(f"{out}/log.jsonl").read_text().splitlines()]
     records = [record for record in records if "seconds" in record]
-    names = list(records[-1])[1:-1]                        # but "step" and "seconds"
+    names = dict.fromkeys(name for record in records for name in record)
+    names = [name for name in names if name not in ("step", "seconds")]
     # a panel for each; all end at the last step
     figure, axes = idiff.panels(len(names), (8, 2.2))
     for axis, name in zip(axes, names):
@@ -654,37 +784,30 @@ def search_space(kind, given, over, cfg):
     return space
 
 
-def open_study(out, storage, name, direction):
-    """The Optuna study of this name, in the folder out or in a database, the URL storage."""
+def open_study(out, name, direction):
+    """The Optuna study of this name in the folder out, which workers on many machines may share."""
     import optuna
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", module="optuna")     # of what is experimental there
     logging.getLogger("optuna.storages").setLevel("WARNING")   # who waits for a lock says so
 
+    # the file is locked by another file, where a link may dangle
     begun = any(Path(out).glob("trial-*"))
-    where = storage or out
+    journal = optuna.storages.journal
+    path = f"{out}/study.log"
     try:
-        if storage:                                        # there, a killed trial runs again
-            storage = optuna.storages.RDBStorage(
-                storage, heartbeat_interval=60,
-                failed_trial_callback=lambda study, trial: study.enqueue_trial(trial.params))
-        else:
-            journal = optuna.storages.journal
-            path = f"{out}/study.log"
-            # locked by a file, where a link may dangle
-            file = journal.JournalFileBackend(path, journal.JournalFileOpenLock(path))
-            storage = optuna.storages.JournalStorage(file)
+        file = journal.JournalFileBackend(path, journal.JournalFileOpenLock(path))
+        storage = optuna.storages.JournalStorage(file)
         names = optuna.get_all_study_names(storage)
-    except Exception as error:         # each database raises kinds of its own
-        raise ValueError(f"'{where}' holds no studies: {in_one_line(error)}")
+    except Exception as error:         # a damaged file can raise anything
+        raise ValueError(f"'{path}' holds no study: {in_one_line(error)}")
     if begun and name not in names:
         raise ValueError(f"'{out}' holds a search by other flags. Pass another --out.")
     return optuna.create_study(storage=storage, study_name=name, direction=direction,
                                load_if_exists=True)
 
 
-def search(make, data, space, out, kind="bayes", objective="mig", trials=None, storage=None,
-           **flags):
+def search(make, data, space, out, kind="bayes", objective="mig", trials=None, **flags):
     """An Optuna study of runs on data; workers started alike, at once or later, share it.
 
     make: function of fields of Config -> the Config of a trial; space: see search_space; trials:
@@ -706,7 +829,7 @@ def search(make, data, space, out, kind="bayes", objective="mig", trials=None, s
     told = str([kind, objective, space, asdict(cfg), data.fingerprint, flags.get("info")])
     name = f"{kind} {hashlib.sha256(told.encode()).hexdigest()}"
     direction = "maximize" if objective == "mig" else "minimize"
-    study = open_study(out, storage, name, direction)
+    study = open_study(out, name, direction)
     if kind == "grid":
         study.sampler = optuna.samplers.GridSampler(space, seed=0)
     else:
@@ -758,7 +881,7 @@ def run_trial(trial, make, data, folder, objective, flags):
 
 
 def write_trials(study, out, space, objective):
-    """Write trials.md and search.png; returns the text: every trial, and the paper's Table 1."""
+    """Write trials.md; returns its text: every trial, and the paper's Table 1."""
     rows = [["trial", *space, objective]]
     for trial in study.trials:
         result = trial.value
@@ -768,22 +891,12 @@ def write_trials(study, out, space, objective):
     text = idiff.table(zip(*rows))
 
     # what was best, beside the paper's Table 1
-    done = [trial for trial in study.trials if trial.value is not None]
-    if done:
+    if any(trial.value is not None for trial in study.trials):
         best = study.best_trial
         rows = [["hyperparameter", "search space", "best value", "the paper's best"]]
         for k, values in space.items():
             rows.append([k, values, f"{best.params[k]}", f"{PAPER.get(k)}"])
         text += f"\nBest: {out}/trial-{best.number:03d}/ckpt.pt\n\n{idiff.table(zip(*rows))}"
-
-        with drawing(f"{out}/search.png") as path:
-            figure, axes = idiff.panels(len(space), (6, 2.5))
-            for axis, k in zip(axes, space):
-                axis.scatter([trial.params[k] for trial in done], [trial.value for trial in done])
-                axis.set(xlabel=k, ylabel=objective)
-                if k == "kl":
-                    axis.set_xscale("log")
-            figure.savefig(path, dpi=150)
     Path(f"{out}/trials.md").write_text(text, "utf-8", "replace")
     return text
 
@@ -841,17 +954,16 @@ def prepare(args, given):
 def start(args):
     """What the flags ask for: a search's folder, or a run's folder and what it ended with."""
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    searching = args.search or args.over or args.trials or args.storage or args.objective != "mig"
+    searching = args.search or args.over or args.trials or args.objective != "mig"
     if searching and (not args.search or args.resume or WORLD > 1):
-        raise ValueError("--over, --trials, --objective and --storage need --search; and that goes "
-                         "without --resume and torchrun: its own command resumes it.")
+        raise ValueError("--over, --trials and --objective need --search; and that goes without "
+                         "--resume and torchrun: its own command resumes it.")
     make, data, flags = prepare(args, given)
 
     if args.search:
         space = search_space(args.search, given, args.over, make())
         out = args.out or f"runs/search-{args.search}"
-        search(make, data, space, out, args.search, args.objective, args.trials, args.storage,
-               **flags)
+        search(make, data, space, out, args.search, args.objective, args.trials, **flags)
         return {"out": out}
     model = run(make(), data, args.out, **flags)
     return {name: model.info.get(name) for name in ("out", "validation")}

@@ -16,15 +16,18 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 TINY = ("--width 8 --unet-width 8 --batch-size 4 --ddpm-images 2 --device cpu --latent-dim 3 "
-        "--size small --settle 0 --log-every 1").split()
+        "--size small --settle 0 --unet-share 0 --log-every 1").split()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def short_validation():
-    """A run's end sees 512 draws, not 4,096."""
+    """A run's end sees 512 draws, not 4,096; unmixing 200 codes, not 20,000."""
     import train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "fresh_draws", partial(train.fresh_draws, n=512))
+        draw_codes = train.draw_codes
+        patch.setattr(train, "draw_codes", lambda model, data, n, held_out:
+                      draw_codes(model, data, min(n, 200), held_out))
         yield
 
 

@@ -76,6 +76,8 @@ def fake_step(cfg, data, monkeypatch, step):
 @pytest.mark.parametrize("step, changes", [
     (0, {}),                                               # settling
     (5, {}),
+    (8, {}),                                               # the U-Net alone
+    (5, dict(unet_share=0.0)),
     (5, dict(model="vae", u="var")),
     (5, dict(prior="known", latent="st")),
     (5, dict(prior="full", kl_balance=0.8, kl_reverse=1.0)),

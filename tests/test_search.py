@@ -6,20 +6,16 @@
 import json
 import logging
 import os
-import sqlite3
 import subprocess
 import sys
-import time
-import warnings
 
 import numpy as np
 import optuna
 import pytest
 
 import evaluate
-import idiff
 import train
-from conftest import ROOT, start
+from conftest import ROOT
 
 TINY = ["--model", "ivae", "--steps", "1", "--batch-size", "8", "--width", "8", "--device", "cpu"]
 
@@ -42,24 +38,15 @@ def cells(study, *states):
                   if t.state.name in (states or ("COMPLETE",)))
 
 
-def endless_worker(argv):
-    """A search in a process of its own, which falls silent in its first trial."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    train.loop = lambda *_: time.sleep(1000)
-    train.main(argv)
-
-
 ALL = [(1e-4, 0.1), (1e-4, 1.0), (1e-2, 0.1), (1e-2, 1.0)]
 
 
-@pytest.mark.usefixtures("pictures")
 def test_grid_runs_each_cell_once_reports_it_and_is_then_done(argv, tmp_path, capsys):
     train.main([*argv, "--search", "grid"])
     study, folder = study_of(argv), tmp_path / "a study"
     assert cells(study) == ALL
     text = (folder / "trials.md").read_text()
     assert f"trial-{study.best_trial.number:03d}/ckpt.pt" in text and "0.0005" in text  # Table 1
-    assert (folder / "search.png").is_file()
     for trial in study.trials:
         run = folder / f"trial-{trial.number:03d}"
         config = json.loads((run / "log.jsonl").read_text().splitlines()[0])["config"]
@@ -79,23 +66,6 @@ def test_bayes_stays_in_the_papers_ranges_and_the_contrast_is_the_runs_own(tiny_
         assert 1e-5 <= trial.params["kl"] <= 0.1 and 0.01 <= trial.params["rec"] <= 5
         log = (tmp_path / f"trial-{trial.number:03d}" / "log.jsonl").read_text().splitlines()
         assert trial.value == json.loads(log[-1])["validation"]["contrast"] != 0
-
-
-def test_a_killed_trial_of_a_database_is_marked_failed_and_its_cell_runs_again(argv, tmp_path):
-    """Its worker is silent; the database knows since when."""
-    file = tmp_path / "studies.db"
-    flags = [*argv, "--search", "grid", "--storage", f"sqlite:///{file}"]
-    silent = start(endless_worker, flags)
-    log = os.path.join(argv[argv.index("--out") + 1], "trial-000", "log.jsonl")
-    while not os.path.exists(log) and silent.is_alive():
-        time.sleep(0.05)
-    silent.kill()
-    silent.join()
-    with sqlite3.connect(file) as database:
-        database.execute("UPDATE trial_heartbeats SET heartbeat = '2000-01-01 00:00:00'")
-    train.main(flags)
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{file}")
-    assert cells(study) == ALL and study.trials[0].state.name == "FAIL"
 
 
 def test_a_stopped_trial_runs_again_whatever_it_was_doing(argv, monkeypatch):
@@ -120,23 +90,6 @@ def test_the_table_tells_whole_numbers(argv, tmp_path):
     value = "1.2345678901234e-05"
     train.main([*argv, "--search", "grid", "--over", "kl", value, "--trials", "1"])
     assert (tmp_path / "a study" / "trials.md").read_text().count(value) == 3  # trial, space, best
-
-
-@pytest.mark.usefixtures("pictures")
-def test_the_picture_names_words_and_spreads_lambda_kl(argv, monkeypatch):
-    panels, figures = idiff.panels, []
-
-    def recorded(*args):
-        figures.append(panels(*args))
-        return figures[-1]
-    monkeypatch.setattr(idiff, "panels", recorded)
-    train.main([*argv, "--search", "grid", "--over", "kl", "1e-5", "--over", "rec", "1",
-                "--over", "u", "var", "mean+var", "--objective", "contrast"])
-    figure, axes = figures[-1]
-    by_name = {axis.get_xlabel(): axis for axis in axes}
-    names = {label.get_text() for label in by_name["u"].get_xticklabels()}
-    assert {"var", "mean+var"} <= names
-    assert by_name["kl"].get_xscale() == "log" and by_name["rec"].get_xscale() == "linear"
 
 
 def test_the_contrast_orders_runs_that_do_not_learn_by_it(argv):
@@ -202,32 +155,6 @@ def test_a_failed_trial_says_why_and_the_search_goes_on(argv, monkeypatch):
     assert len(cells(study_of(argv))) == 3
     path = os.path.join(argv[argv.index("--out") + 1], "trials.md")
     assert "rec is nan" in open(path).read()
-
-
-def test_a_database_holds_the_study_beside_others(argv, tmp_path):
-    """Somebody else's study, and a search by other flags, which needs a folder of its own."""
-    url = f"sqlite:///{tmp_path}/study.db"
-    argv = [*argv, "--search", "grid", "--trials", "1", "--storage", url]
-    optuna.create_study(study_name="somebody's", storage=url)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")                     # Optuna's own are not for users
-        train.main(argv)
-    ours, = set(optuna.get_all_study_names(url)) - {"somebody's"}
-    assert len(cells(optuna.load_study(study_name=ours, storage=url))) == 1
-
-    other = [*argv, "--seed", "1"]
-    with pytest.raises(SystemExit, match="a study.*other flags"):
-        train.main(other)
-    train.main([*other, "--out", str(tmp_path / "other")])
-    assert len(optuna.get_all_study_names(url)) == 3
-    assert len(optuna.load_study(study_name=ours, storage=url).trials) == 1
-
-
-@pytest.mark.parametrize("url", ["nonsense", "sqlite:////nowhere/study.db"])
-def test_a_database_that_cannot_be_used_is_named(argv, url):
-    with pytest.raises(SystemExit, match=url) as refused:
-        train.main([*argv, "--search", "grid", "--storage", url])
-    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -298,8 +225,7 @@ def test_bad_searches_are_refused_in_one_line(argv, flags, named):
     assert named in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("flags", ["--over kl 1 2", "--trials 3", "--storage sqlite:///a.db",
-                                   "--objective contrast"])
+@pytest.mark.parametrize("flags", ["--over kl 1 2", "--trials 3", "--objective contrast"])
 def test_flags_of_a_search_need_one(tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="need --search"):

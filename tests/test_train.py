@@ -310,7 +310,7 @@ def test_help_is_short_and_no_switch_is_on_by_default():
 
 def small_cfg(**changes):
     values = dict(width=8, unet_width=8, batch_size=8, rec_images=4, ddpm_images=4, settle=0.0,
-                  steps=400)
+                  unet_share=0.0, steps=400)
     return Config(**values | changes)
 
 
@@ -436,6 +436,88 @@ def test_the_elbo_is_that_of_a_gaussian_decoder(shapes3d):
     errors = torch.full((3 * 64 * 64,), deviation)
     assert result["elbo"] == pytest.approx(float(density.log_prob(errors).sum()) - result["kl"])
     assert result["kl"] > 0
+
+
+# ---- what the U-Net is given, and when it learns ----
+
+
+def seen_by_the_unet(model, batch, n_rec):
+    """z and x_hat that forward gives the U-Net, and the terms."""
+    seen = []
+    hook = model.unet.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[2:]))
+    terms = model(*batch, n_rec)
+    hook.remove()
+    return *seen, terms
+
+
+@pytest.mark.parametrize("condition", ["mean", "sample"])
+def test_the_unet_is_given_what_it_is_given_in_use(shapes3d, condition):
+    """q's mean and the decoder's image of it, from which neither encoder nor decoder learns. The
+    paper's is a sample, through which the encoder learns. The decoder's own loss is of samples."""
+    cfg = small_cfg(condition=condition)
+    model = train.build(cfg, shapes3d.device)[0]
+    for parameter in model.unet.head.mix.parameters():
+        torch.nn.init.normal_(parameter)                       # they start at 0
+    batch = train.draw_batch(model, shapes3d, 0)
+    z, x_hat, terms = seen_by_the_unet(model, batch, 2)
+    mean = model.encode(batch[0])[0][:4]
+    assert torch.equal(z, mean) == (condition == "mean")
+    torch.testing.assert_close(x_hat, model.decode(z))
+
+    terms["ddpm"].backward(retain_graph=True)
+    learns = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert learns == {"unet"} | ({"encoder"} if condition == "sample" else set())
+    of_means = (model.decode(mean[:2]) - batch[0][:2]).square().mean()
+    assert terms["rec"] != of_means
+
+
+def test_the_unet_learns_last_on_an_ivae_that_stands_still(tiny_npz, tmp_path):
+    """The iVAE learns as one without a U-Net does; then its averaged weights stay."""
+    argv = [*TINY, "--data", tiny_npz, "--settle", "0.5", "--unmix", "0", "--save-every", "1"]
+    train.main([*argv, "--steps", "9", "--unet-share", "0.34", "--out", str(tmp_path / "both")])
+    train.main([*argv, "--steps", "6", "--model", "ivae", "--out", str(tmp_path / "ivae")])
+    both, ivae = (read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("both", "ivae"))
+    for weights in (both["model"], both["ema"]):
+        assert same(parts_of(weights), parts_of(ivae["ema"]))
+    terms = [set(r) - {"step", "seconds", "gradient norm"} for r in steps_of(tmp_path / "both")]
+    assert terms == 3 * [{"contrast"}] + 3 * [{"kl", "rec", "contrast"}] + 3 * [{"ddpm"}]
+
+
+def test_each_stage_has_a_rate_that_rises_and_falls():
+    cfg = small_cfg(steps=3000, unet_share=1 / 3)
+    assert cfg.ivae_steps == 2000 and cfg.unet_from == 2000
+    ivae, unet = small_cfg(steps=2000), small_cfg(steps=1000)
+    for step in (0, 50, 1999):
+        assert train.rate_share(cfg, step) == train.rate_share(ivae, step)
+    for step in (0, 50, 999):
+        assert train.rate_share(cfg, 2000 + step) == train.rate_share(unet, step)
+
+
+def test_the_unets_steps_come_on_top_of_the_epochs(shapes3d):
+    cfg = train.recipe(shapes3d)
+    assert cfg.ivae_steps == train.recipe(shapes3d, model="ivae").steps == 5625
+    assert cfg.steps == 8437 and cfg.epochs == 1.5
+    assert train.recipe(shapes3d, steps=90).ivae_steps == 60
+
+
+def test_a_run_resumed_in_the_unets_stage_ends_as_if_undisturbed(tiny_npz, tmp_path, monkeypatch):
+    data = load_data(tiny_npz)
+    cfg = train.recipe(data, steps=8, width=8, unet_width=8, batch_size=8, latent_dim=2,
+                       ddpm_images=2, unet_share=0.5, unmix=0)
+    train.run(cfg, data, str(tmp_path / "whole"))
+    save = idiff.save_checkpoint
+    for stop in (4, 6):
+        def save_then_stop(path, model, ema, **state):
+            save(path, model, ema, **state)
+            if state["step"] == stop:
+                raise OSError("full")
+        out = str(tmp_path / f"run{stop}")
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(idiff, "save_checkpoint", save_then_stop)
+            train.run(cfg, data, out, save_every=2)
+        train.run(cfg, data, resume=f"{out}/ckpt.pt")
+        a, b = (read_checkpoint(f"{run}/ckpt.pt") for run in (tmp_path / "whole", out))
+        assert all(same(a[part], b[part]) for part in ("model", "ema", "optimizers"))
 
 
 # ---- a U-Net on a frozen iVAE ----

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: MIT
+"""Unmixing: the linear map that the variances fix, and rows that training never sees.
+
+    python -m pytest tests/test_unmix.py
+"""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import idiff
+import train
+from conftest import TINY, same
+
+N = 20_000
+
+
+def segments(equal_scales=False, n_segments=8, d=3):
+    """z = A g, u and A: g is Gaussian, with a mean and a scale of its own in each segment."""
+    generator = torch.Generator().manual_seed(0)
+    segment = torch.randint(n_segments, (N + 4000,), generator=generator)
+    scale = torch.exp(1.6 * torch.rand(n_segments, d, generator=generator) - 1.6)
+    if equal_scales:
+        scale[:] = 0.5
+    mean = torch.rand(n_segments, d, generator=generator) * 2 - 1
+    noise = torch.randn(len(segment), d, generator=generator)
+    mixing = torch.randn(d, d, generator=generator)
+    z = (mean[segment] + scale[segment] * noise) @ mixing.T
+    u = torch.eye(n_segments)[segment]
+    return z, (u - u.mean(0)) / u.std(0), mixing
+
+
+def unmixed(z, u):
+    cfg = idiff.Config(latent_dim=z.shape[1], u="own", n_u=u.shape[1], n_factors=0)
+    torch.manual_seed(0)
+    return train.unmix(idiff.FullPrior(cfg), z[:N], u[:N], z[N:], u[N:])
+
+
+def test_variances_that_differ_by_segment_fix_the_axes():
+    """W A is a permutation of a diagonal matrix; held-out codes are likelier by it."""
+    z, u, mixing = segments()
+    (w, b, prior), told = unmixed(z, u)
+    product = w @ mixing
+    product = product / product.abs().amax(dim=1, keepdim=True)
+    largest = product.abs().argmax(dim=1)
+    assert sorted(largest.tolist()) == [0, 1, 2]
+    others = product.abs().scatter(1, largest[:, None], 0.0)
+    assert others.max() < 2e-2
+    assert told["accepted"] and told["to"] > told["from"]
+
+    # and the prior is that of the unmixed codes
+    p = prior(u[N:])
+    standard = (z[N:] @ w.T + b - p.mean) / p.stddev
+    assert standard.mean(0).abs().max() < 0.1 and (standard.std(0) - 1).abs().max() < 0.1
+
+
+def test_equal_scales_fix_nothing_and_nothing_is_accepted():
+    """Any rotation of whitened codes is as likely: decorrelating alone identifies nothing."""
+    z, u, _ = segments(equal_scales=True)
+    found, told = unmixed(z, u)
+    assert found is None and not told["accepted"]
+
+
+def test_u_that_tells_nothing_is_not_accepted():
+    z = torch.randn(N + 4000, 3, generator=torch.Generator().manual_seed(0))
+    u = torch.randn(N + 4000, 5, generator=torch.Generator().manual_seed(1))
+    assert unmixed(z, u)[0] is None
+
+
+@pytest.mark.parametrize("model", ["ours", "another net"])
+def test_the_encoder_takes_the_map_in(model):
+    cfg = idiff.Config(image_size=16, width=8, latent_dim=3)
+    encoder = idiff.Encoder(cfg)
+    if model == "another net":
+        encoder.net = torch.nn.ModuleDict({"body": torch.nn.Flatten(), "fc": torch.nn.Linear(768, 6)})
+        encoder.net.forward = lambda x: encoder.net["fc"](encoder.net["body"](x))
+    x = torch.rand(4, 3, 16, 16) * 2 - 1
+    w, b = torch.randn(3, 3), torch.randn(3)
+    before = encoder(x)
+    encoder.turn(w, b)
+    after = encoder(x)
+    torch.testing.assert_close(after.mean, before.mean @ w.T + b, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(after.logvar, before.logvar)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Path of 240 images, a block in one of 8 columns; u is the half that it lies in, and noise."""
+    rng = np.random.default_rng(0)
+    place = rng.integers(0, 8, 240)
+    images = np.zeros((240, 16, 16), np.uint8)
+    for image, k in zip(images, place):
+        image[4:9, 2 * k:2 * k + 2] = 255
+    np.savez(tmp_path / "own.npz", images=images, u=np.stack([place < 4, rng.normal(size=240)], 1))
+    return str(tmp_path / "own.npz")
+
+
+def accepted(prior, z, *_):
+    """In place of unmix: z's first latent is turned round, and the prior with it."""
+    w = torch.eye(z.shape[1])
+    w[0, 0] = -1
+    return (w, torch.zeros(len(w)), prior), {"accepted": True, "from": 0.0, "to": 1.0}
+
+
+def test_it_comes_at_the_end_of_settling_and_is_told(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "unmix", accepted)
+    argv = [*TINY, "--data", own, "--settle", "0.5", "--unet-share", "0.2", "--steps", "10"]
+    for unmix, steps in ((0, []), (1, [4]), (2, [2, 4])):
+        out = tmp_path / str(unmix)
+        train.main([*argv, "--unmix", str(unmix), "--out", str(out)])
+        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in records if "unmixing" in r] == steps
+        assert capsys.readouterr().out.count("latents unmixed") == len(steps)
+
+
+def test_both_weights_take_it_and_the_optimiser_forgets(own):
+    """Codes are turned round in the model and in its average alike; nothing else changes."""
+    data = idiff.load_data(own)
+    cfg = train.recipe(data, steps=10, width=8, batch_size=8, latent_dim=3, model="ivae")
+    model, ema, optimizers = train.build(cfg, data.device)
+    for step in range(3):
+        train.train_step(cfg, model, ema, optimizers, train.draw_batch(model, data, step), step)
+    x = data.images(torch.arange(9))
+    before = ema.encode(x)[0].detach()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "unmix", accepted)
+        train.unmix_model(model, ema, optimizers[0], data)
+    turned = before * torch.tensor([-1.0, 1.0, 1.0])
+    torch.testing.assert_close(ema.encode(x)[0], turned)
+    torch.testing.assert_close(model.encode(x)[0], turned)
+    assert not optimizers[0].state
+
+
+def test_a_run_resumed_before_it_ends_as_if_undisturbed(own, tmp_path, monkeypatch):
+    data = idiff.load_data(own)
+    cfg = train.recipe(data, steps=8, width=8, unet_width=8, batch_size=8, latent_dim=2,
+                       ddpm_images=2, unet_share=0.25, settle=0.5)
+    assert cfg.unmix_steps == [3]
+    whole = train.run(cfg, data, str(tmp_path / "whole"))
+    save = idiff.save_checkpoint
+
+    def save_then_stop(path, model, ema, **state):
+        save(path, model, ema, **state)
+        if state["step"] == 3:
+            raise OSError("full")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(idiff, "save_checkpoint", save_then_stop)
+        train.run(cfg, data, str(tmp_path / "run"), save_every=3)
+    train.run(cfg, data, resume=str(tmp_path / "run" / "ckpt.pt"))
+    a, b = (idiff.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "run"))
+    assert all(same(a[part], b[part]) for part in ("model", "ema", "optimizers"))
+    assert whole.info["out"] == str(tmp_path / "whole")
+
+
+# ---- rows held out ----
+
+
+def test_rows_held_out_are_the_datas_own_and_never_trained_on(own):
+    data, again = idiff.load_data(own), idiff.load_data(own)
+    assert len(data.held_out) == 64 and len(data.trained) == 176
+    assert torch.equal(data.held_out, again.held_out)
+    every = torch.cat([data.held_out, data.trained]).sort().values
+    assert torch.equal(every, torch.arange(240))
+
+    generator = torch.Generator().manual_seed(0)
+    rows, u = data.draw(5000, generator, "own")
+    assert set(rows.tolist()) == set(data.trained.tolist()) and torch.equal(u, data.u[rows])
+    rows, u = data.draw(5000, generator, "own", held_out=True)
+    assert set(rows.tolist()) == set(data.held_out.tolist()) and torch.equal(u, data.u[rows])
+
+
+@pytest.mark.parametrize("n, held_out", [(2, 1), (100, 50), (1000, 64), (10_000, 500),
+                                         (480_000, 5000)])
+def test_how_many_rows_are_held_out(n, held_out):
+    data = idiff.Data("mine", {"a": n}, (1, 16, 16), None, "cpu")
+    assert len(data.held_out) == held_out and len(data.trained) == n - held_out
+
+
+def test_what_is_learned_by_heart_shows(tmp_path):
+    """Noise with an unrelated u: the contrast of rows never seen is 0 or worse, that of rows
+    trained on is not."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "noise.npz", images=rng.integers(0, 256, (256, 16, 16), np.uint8),
+             u=rng.normal(size=(256, 2)))
+    data = idiff.load_data(str(tmp_path / "noise.npz"))
+    model = train.run(train.recipe(data, steps=150, width=16, batch_size=64, latent_dim=3,
+                                   model="ivae", contrast=1.0, unmix=0, settle=0.9), data,
+                      str(tmp_path / "run"))
+    seen = data.trained[:150]
+    by_heart = idiff.contrast_loss(model.encode(data.images(seen))[0], model.prior(data.u[seen]))
+    assert by_heart < -0.5 and model.info["validation"]["contrast"] > -0.1
