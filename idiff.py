@@ -948,6 +948,11 @@ class IDiff(nn.Module):
                 z = q.mean[:n_ddpm].detach()
                 with torch.no_grad():
                     x_hat = self.decoder(z)
+
+                # off the codes of images, as between two values in a traversal, x_hat is to be
+                # trusted: every fourth z is moved there, x_hat is not
+                spread = z.std(dim=0, correction=0)
+                z[::4] += 0.5 * spread * torch.randn_like(z[::4])
             x = x[:n_ddpm]
             x_t = self.sde.add_noise(x, eps, t)
             x_0 = self.denoise(x_t, t, z, x_hat)
