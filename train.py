@@ -564,8 +564,10 @@ def stop_signals():
     stop = []
     before = {}
     if threading.current_thread() is threading.main_thread():  # only it may set handlers
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            before[number] = signal.signal(number, lambda *_: stop.append(True))
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)           # Windows lacks some
+            if number is not None:
+                before[number] = signal.signal(number, lambda *_: stop.append(True))
     try:
         yield stop
     finally:

@@ -125,12 +125,13 @@ def fit(make, cfg, target):
 def config(batch, **changes):
     """Config of `batch` images a step, all seen by decoder and U-Net."""
     return replace(Config(), steps=10_000, batch_size=batch, ddpm_images=batch, rec_images=batch,
-                   settle=0.0, precision=PRECISION, **changes)
+                   settle=0.0, unet_share=0.0, precision=PRECISION, **changes)
 
 def sized(size, batch):
-    """Config of a size at this batch; decoder and U-Net see the same share as in its own."""
+    """Config of a size at this batch; decoder and U-Net see the same share as in its own, and learn
+    at once, so that a step holds all parts."""
     cfg = replace(Config(), **train.SIZES[size])
-    return replace(cfg, steps=10_000, batch_size=batch, precision=PRECISION,
+    return replace(cfg, steps=10_000, batch_size=batch, precision=PRECISION, unet_share=0.0,
                    rec_images=cfg.rec_images * batch // cfg.batch_size or batch,
                    ddpm_images=cfg.ddpm_images * batch // cfg.batch_size or batch)
 
@@ -257,7 +258,7 @@ def bench_data(args, data, file_data):
 
 def bench_levers(args, data):
     """What each choice gives at the small size, as time relative to the default's."""
-    small = replace(Config(), steps=10_000)
+    small = replace(Config(), steps=10_000, unet_share=0.0)
     def default_adamw(cfg):
         model, ema, _ = build(cfg)
         return model, ema, [torch.optim.AdamW(model.parameters(), cfg.lr)]
