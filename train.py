@@ -509,7 +509,7 @@ def unmix(prior, z, u, z_held, u_held):
 def draw_codes(model, data, n, held_out):
     """Means of q(z|x) (n, D) of n draws with a fixed seed, and their u (n, U)."""
     cfg = model.cfg
-    generator = torch.Generator(data.device).manual_seed(1_000_003)
+    generator = torch.Generator(data.device).manual_seed(1_000_003 + held_out)
     rows, u = data.draw(n, generator, cfg.u, cfg.u_scale, held_out)
     means = [model.encoder(data.images(part)).mean for part in rows.split(500)]
     return torch.cat(means), u
@@ -525,9 +525,12 @@ def unmix_model(model, ema, optimizer, data):
     z_held, u_held = draw_codes(ema, data, 5_000, held_out=True)
     if not z.isfinite().all():
         raise ValueError("the codes are not finite. Try a smaller --lr, or --precision float32.")
-    found, told = unmix(ema.prior, z, u, z_held, u_held)
+    result = [unmix(ema.prior, z, u, z_held, u_held)]
+    if WORLD > 1:                                          # rank 0's, to rounding the same
+        dist.broadcast_object_list(result)
+    [(found, told)] = result
     if found:
-        w, b, prior = found
+        w, b, prior = (each.to(z.device) for each in found)
         ema.encoder.turn(w, b)
         ema.prior.load_state_dict(prior.state_dict())
         for name in ("encoder", "prior"):
