@@ -45,6 +45,7 @@ from torch.distributions import Categorical, Distribution, Normal, OneHotCategor
 from torch.nn import functional as F
 
 CHECKPOINT_FORMAT = 4       # raised when what a checkpoint holds changes
+FORMERLY = dict(condition="sample", unet_share=0.0, unmix=0)   # where a Config lacks these
 
 # What can be chosen by name. Each class or function enters itself below its definition.
 PRIORS = {}                 # p(z|u)
@@ -1083,6 +1084,7 @@ def read_checkpoint(path, device="cpu"):
                                 "train.py\", or pass the path it printed at its end.")
     try:
         content = torch.load(path, map_location=device, weights_only=True)     # runs no code
+        content["config"] = {**FORMERLY, **content["config"]}
         check_content(content)
     except Exception as error:         # whatever torch raises, the file is at fault
         reason = f"{type(error).__name__}, {in_one_line(error)}".split(". ")[0]
