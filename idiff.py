@@ -1712,9 +1712,13 @@ LIGHT = torch.tensor([-0.34, -0.49, 0.80])[:, None]            # unit vector tow
 
 def grid_factors(rows, sizes):
     """(B, K), the index of each factor's value in rows (B,) of a full grid {name: size}."""
-    sizes = torch.tensor(list(sizes.values()), device=rows.device)
-    strides = sizes.flip(0).cumprod(0).flip(0) // sizes
-    return rows[:, None] // strides % sizes
+    # by plain numbers: a tensor made here would be copied to the device at every step
+    stride = math.prod(sizes.values())
+    columns = []
+    for size in sizes.values():
+        stride //= size
+        columns.append(rows // stride % size)
+    return torch.stack(columns, dim=1)
 
 
 def load_shapes3d(device):
@@ -1887,12 +1891,12 @@ def load_dsprites(device):
 
     Shapes are square, ellipse and heart; orientation 39 equals 0; no sprite leaves the image.
     """
-    return Data("dsprites replica", DSPRITES, (1, 64, 64), compose_dsprites, device)
+    compose = partial(compose_dsprites, sprites=torch.tensor(SPRITES, device=device))
+    return Data("dsprites replica", DSPRITES, (1, 64, 64), compose, device)
 
 
-def compose_dsprites(rows):
+def compose_dsprites(rows, sprites):
     """Images (B, 1, 64, 64) of rows (B,) of the grid: pixels in a moved, turned, grown sprite."""
-    sprites = torch.tensor(SPRITES, device=rows.device)
     pixel = torch.arange(64, device=rows.device)
     factors = grid_factors(rows, DSPRITES)[:, :, None, None]   # (B, 6, 1, 1)
     _, shape, scale, turn, x, y = factors.unbind(dim=1)

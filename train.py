@@ -656,8 +656,9 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
             if done % log_every == 0 or saving:            # the only wait for the device
                 record = mean_over_ranks(numbers)
                 if not all(map(math.isfinite, record.values())):
-                    kept = f"The checkpoint '{path}' is kept" if os.path.exists(path) else \
-                        "No checkpoint was written yet"
+                    kept = "No checkpoint was written yet"
+                    if os.path.exists(path):
+                        kept = f"The checkpoint '{path}' is kept"
                     raise ValueError(f"not finite at step {done}: {record}. {kept}; try a smaller "
                                      "--lr, or --precision float32.")
                 if RANK == 0:
