@@ -750,7 +750,8 @@ def draw_losses(path, out):
     for axis, name in zip(axes, names):
         points = [(r["step"], r[name]) for r in records if name in r]
         steps, values = zip(*points)
-        axis.plot(steps, values, marker="." if len(steps) < 10 else None)      # or one shows nothing
+        marker = "." if len(steps) < 10 else None          # a single point has no line
+        axis.plot(steps, values, marker=marker)
         axis.set(title=f"{name} by step", xmargin=0, xlim=(0, records[-1]["step"]),
                  yscale="log" if min(values) > 0 else "linear")
     figure.savefig(path, dpi=150)
