@@ -31,6 +31,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -1577,6 +1578,7 @@ def script(name, less):
 
     Warnings become plain lines, each told once. less: the flag that asks for less memory.
     """
+    use_free_cores()
     told = set()
 
     def tell(message, *_, **__):
@@ -1602,6 +1604,33 @@ def script(name, less):
             if isinstance(error, ImportError):
                 text += ". Try: pip install -r requirements.txt"
             sys.exit(f"{name}: {text}")
+
+
+def use_free_cores():
+    """Let torch have as many threads as cores are free, unless OMP_NUM_THREADS says how many.
+
+    Threads wait for each other: one that shares its core with another program slows all of them.
+    """
+    if "OMP_NUM_THREADS" in os.environ or not os.path.exists("/proc/stat"):
+        return
+
+    def ticks():                                               # of all cores, since they started
+        counts = Path("/proc/stat").read_text().split()[1:9]
+        user, nice, system, idle, waiting, *others = map(int, counts)
+        return idle + waiting, user + nice + system + sum(others)
+
+    free, used = ticks()
+    time.sleep(0.3)
+    free_then, used_then = ticks()
+    free = free_then - free
+    share = free / max(1, free + used_then - used)
+
+    usual = torch.get_num_threads()
+    threads = min(usual, max(1, round(share * os.cpu_count())))
+    if threads < usual:
+        torch.set_num_threads(threads)
+        print(f"Other programs are busy, so torch uses {threads} of {usual} threads. Set "
+              "OMP_NUM_THREADS to change this.", file=sys.stderr)
 
 
 def user_path(text):

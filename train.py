@@ -515,6 +515,17 @@ def draw_codes(model, data, n, held_out):
     return torch.cat(means), u
 
 
+def held_out_contrast(model, data, n_batches=8):
+    """The contrast in nats, in batches as in training, on rows that training never sees if u is the
+    data's own, else on fresh draws. What is learned by heart lowers that of training alone."""
+    n = model.cfg.batch_size
+    z, u = draw_codes(model, data, n_batches * n, held_out=True)
+    with torch.no_grad():
+        losses = [idiff.contrast_loss(some, model.prior(their_u))
+                  for some, their_u in zip(z.split(n), u.split(n))]
+    return torch.stack(losses).mean().item()
+
+
 def unmix_model(model, ema, optimizer, data):
     """Unmix z: the map goes into the encoder's last layer, the new prior into the model.
 
@@ -620,6 +631,29 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
     return ema.eval().requires_grad_(False)
 
 
+class Pace:
+    """Tells once that steps take twice as long as others of the same stage of the run did."""
+
+    def __init__(self):
+        self.fastest = {}                                  # stage: seconds of a step
+        self.last = None                                   # stage, step and time of the last look
+        self.told = False
+
+    def look(self, stage, step):
+        """To be called now and then, with the number of steps done."""
+        last, self.last = self.last, (stage, step, time.time())
+        if last is None or last[0] != stage:
+            return
+        seconds = (self.last[2] - last[2]) / (step - last[1])
+        fastest = min(seconds, self.fastest.get(stage, seconds))
+        self.fastest[stage] = fastest
+        if seconds > 2 * fastest and not self.told:
+            self.told = True
+            print(f"A step takes {seconds / fastest:.1f} times as long as before, perhaps because "
+                  "other programs are busy. Ctrl-C and --resume choose the number of threads anew.",
+                  file=sys.stderr)
+
+
 def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
     """Train from first_step to the end, logging and saving into the folder out."""
     cfg = model.cfg
@@ -630,6 +664,7 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
     if WORLD > 1:                                          # unused: frozen, or without a weight
         ranked = DistributedDataParallel(model, find_unused_parameters=True)
 
+    pace = Pace()
     bar = progress(range(first_step, cfg.steps), "step", initial=first_step, total=cfg.steps)
     with stop_signals() as stop, bar:
         for step in bar:
@@ -662,13 +697,17 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
                     raise ValueError(f"not finite at step {done}: {record}. {kept}; try a smaller "
                                      "--lr, or --precision float32.")
                 if RANK == 0:
+                    if saving and cfg.model != "vae" and done <= cfg.ivae_steps:
+                        record["held-out contrast"] = held_out_contrast(ema, data)
                     log(out, {"step": done, **record, "seconds": round(time.time() - started)})
                 bar.set_postfix(record, refresh=False)
+                pace.look((done > cfg.settle_steps, done > cfg.ivae_steps), done)
 
             if saving and RANK == 0:
                 idiff.save_checkpoint(path, model, ema, step=done,
                                       log_size=os.path.getsize(f"{out}/log.jsonl"),
                                       optimizers=[each.state_dict() for each in optimizers])
+                pace.last = None                           # the pace is of steps alone
             if stopping:
                 barrier()                                  # rank 0 has saved: all end
                 raise KeyboardInterrupt("saved. Go on with: python train.py --resume "

@@ -6,6 +6,7 @@
     python tests/bench_train.py --quick           # the same of fewer and smaller steps
     python tests/bench_train.py --curve           # instead: denoising loss by images seen, hours
     python tests/bench_train.py --gpu             # instead: steps of both sizes against the limit
+    python tests/bench_train.py --load            # instead: steps beside busy programs
 
 Every step is train.py's own build, draw_batch and train_step with the same iVAE and the same draws;
 only the U-Net differs, and it sees every image. The other U-Nets get what ours gets: z by our
@@ -15,6 +16,7 @@ ratios, so that a busy machine troubles all alike.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -370,6 +372,55 @@ def bench_limit(args, data):
                       f"{batch / seconds:.0f}", f"{flops / 1e9:.0f}",
                       f"{flops / seconds / peak:.3f}", f"{most_mib():.0f}", f"{total:.2f}")
 
+# ---- beside busy programs ----
+
+LOADED_STEP = """
+import idiff, sys, time, torch, train
+if sys.argv[1] == "chosen":
+    idiff.use_free_cores()
+data = idiff.load_data()
+cfg = train.recipe(data)
+parts = train.build(cfg, data.device)
+for step in range(cfg.settle_steps, cfg.settle_steps + 25):
+    if step == cfg.settle_steps + 5:
+        start = time.perf_counter()
+    train.train_step(cfg, *parts, train.draw_batch(parts[0], data, step), step)
+print((time.perf_counter() - start) / 20, torch.get_num_threads())
+"""
+
+def loaded_step(threads, busy):
+    """Seconds of a step after settling, beside busy processes; threads: a number, or "chosen"."""
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in range(busy)]
+    env = {**os.environ, "OMP_NUM_THREADS": threads}
+    if threads == "chosen":
+        del env["OMP_NUM_THREADS"]
+    try:
+        time.sleep(1)
+        out = subprocess.run([sys.executable, "-c", LOADED_STEP, threads], cwd=ROOT, env=env,
+                             check=True, capture_output=True, text=True).stdout
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    seconds, used = out.split()
+    return float(seconds), int(used)
+
+def bench_load(args):
+    """A step of encoder, prior and decoder: as many threads as cores, one, or as train.py chooses."""
+    print_header(("busy programs", "threads", "ms a step: median", "least to most", "used"))
+    cases = [(busy, threads) for busy in (0, 1, 2)
+             for threads in (str(os.cpu_count()), "1", "chosen")]
+    times = {case: [] for case in cases}
+    for _ in range(args.rounds):
+        for busy, threads in cases:
+            times[busy, threads].append(loaded_step(threads, busy))
+    for (busy, threads), runs in times.items():
+        seconds, used = zip(*runs)
+        print_row(str(busy), threads, f"{1000 * median(seconds):.0f}",
+                  f"{1000 * min(seconds):.0f} to {1000 * max(seconds):.0f}",
+                  " ".join(map(str, used)))
+
 # ---- the curve ----
 
 @torch.no_grad()
@@ -407,6 +458,7 @@ def build_parser():
     parser.add_argument("--quick", action="store_true", help="3 rounds, 4 images, no full size")
     parser.add_argument("--curve", action="store_true", help="denoising loss by images seen")
     parser.add_argument("--gpu", action="store_true", help="both sizes' steps against the limit")
+    parser.add_argument("--load", action="store_true", help="steps beside busy programs")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
     parser.add_argument("--batch", type=int, default=16 if DEVICE.type == "cpu" else 128,
                         help="images a step with each U-Net (default: 16, on CUDA 128)")
@@ -418,6 +470,8 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.load:
+        return bench_load(args)
     where = (torch.cuda.get_device_name() if DEVICE.type == "cuda"
              else f"CPU, {torch.get_num_threads()} threads")
     if args.quick:

@@ -145,3 +145,44 @@ def test_of_many_latents_the_most_informative_are_drawn():
     labels = [axis.get_xlabel() for axis in axes]
     assert len(axes) == 40 and any(label.startswith("z7; a") for label in labels)
     assert any(label.startswith("z50; b") for label in labels)
+
+
+# ---- machines that others use, too ----
+
+
+@pytest.mark.parametrize("busy, threads", [(0.02, 4), (0.27, 3), (0.55, 2), (0.97, 1)])
+def test_torch_takes_as_many_threads_as_cores_are_free(busy, threads, monkeypatch, capsys):
+    used = round(1000 * busy)
+    counts = iter(["cpu 5 0 0 7 0 0 0 0 0 0", f"cpu {5 + used} 0 0 {1007 - used} 0 0 0 0 0 0"])
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("os.path.exists", lambda path: True)
+    monkeypatch.setattr(idiff.Path, "read_text", lambda path: next(counts) + "\ncpu0 1 2")
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    idiff.use_free_cores()
+    assert (chosen or [4]) == [threads]
+    assert ("OMP_NUM_THREADS" in capsys.readouterr().err) == (threads < 4)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")                 # who says how many gets them
+    idiff.use_free_cores()
+    assert len(chosen) <= 1
+
+
+def test_steps_that_become_slow_are_told_once(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    pace = train.Pace()
+
+    def look(stage, seconds):
+        look.step += 10
+        now[0] += 10 * seconds
+        pace.look(stage, look.step)
+        return capsys.readouterr().err
+    look.step = 0
+    assert not any(look("settling", s) for s in (3, 1, 1.9, 1.2))
+    assert not look("decoding", 9)                             # another stage is no slower machine
+    assert not look("decoding", 5)
+    assert "2.4 times" in look("decoding", 12)
+    assert not look("decoding", 20)

@@ -4,6 +4,7 @@
     python -m pytest tests/test_unmix.py
 """
 import json
+import math
 
 import numpy as np
 import pytest
@@ -190,3 +191,17 @@ def test_what_is_learned_by_heart_shows(tmp_path):
     seen = data.trained[:150]
     by_heart = idiff.contrast_loss(model.encode(data.images(seen))[0], model.prior(data.u[seen]))
     assert by_heart < -0.5 and model.info["validation"]["contrast"] > -0.1
+
+
+def test_the_log_shows_it_at_every_save(own, tmp_path):
+    data = idiff.load_data(own)
+    cfg = train.recipe(data, model="ivae", steps=8, width=8, batch_size=32, latent_dim=2, settle=0.5)
+    model = train.run(cfg, data, str(tmp_path / "run"), save_every=4, log_every=2)
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    shown = {r["step"]: r["held-out contrast"] for r in records if "held-out contrast" in r}
+    assert list(shown) == [4, 8] and all(map(math.isfinite, shown.values()))
+
+    # rows that training draws play no part in it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "trained", data.trained[:0])
+        assert train.held_out_contrast(model, data) == pytest.approx(shown[8])
