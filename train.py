@@ -365,16 +365,18 @@ def rate_share(cfg, step):
 def draw_batch(model, data, step):
     """x, u, t, eps of one step, drawn from seed and step alone; t is stratified.
 
-    x: (B, C, H, W); u: (B, U); t: (b,), eps: (b, C, H, W) for the b images of the U-Net. Ranks draw
-    the same and keep each WORLD-th row, of u all, their own first: their mean is one process's, but
-    for z's noise, which each draws itself. Source of the strata: Kingma et al. 2021.
+    x: (B, C, H, W); u: (B, U); t: (b,), eps: (b, C, H, W) for the b images of the U-Net, which are
+    all when it learns alone. Ranks draw the same and keep each WORLD-th row, of u all, their own
+    first: their mean is one process's, but for z's noise, which each draws itself. Source of the
+    strata: Kingma et al. 2021.
     """
     # all random numbers of the step, whatever was drawn before: a resumed run draws the same
     cfg = model.cfg
     device = data.device
     generator = torch.Generator(device).manual_seed(hash((cfg.seed, step)))
     torch.manual_seed(hash((cfg.seed, step, RANK)))        # for z's noise
-    rows, u = data.draw(cfg.batch_size, generator, cfg.u, cfg.u_scale)
+    n = cfg.batch_size if step < cfg.ivae_steps else cfg.ddpm_images
+    rows, u = data.draw(n, generator, cfg.u, cfg.u_scale)
     x = data.images(rows)
 
     # one time in each of b equal parts, for the U-Net's images
@@ -429,7 +431,7 @@ def train_step(cfg, model, ema, optimizers, batch, step):
     settling = step < cfg.settle_steps
     n_rec = 0 if settling else cfg.rec_images
     if step >= cfg.ivae_steps:
-        x, u, n_rec = x[:len(t)], None, 0
+        u, n_rec = None, 0
     with torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
         terms = model(x, u, t, eps, n_rec // WORLD)
     loss, used = total_loss(terms, ema.weights(settling))
