@@ -741,6 +741,7 @@ def report_of_path(path, args, load):
 
 def start(args):
     """Report on one path, or tables over many; returns the reports."""
+    idiff.use_free_cores()
     load = lru_cache(maxsize=1)(idiff.load_data)     # one load for many checkpoints
     many = len(args.paths) > 1
     measured = [path for path in args.paths if path.exists() and holds(path) != "report"]

@@ -66,36 +66,36 @@ def option(default, help, choices=None, least=0, below=1e15):
 @dataclass(frozen=True)
 class Config:
     """What changes the numbers: shape of the data, model, SDE, loss weights, optimiser, seed."""
-    model: str = option("idiff", "vae: plain VAE; ivae: VAE with a prior p(z|u); idiff: ivae plus "
+    model: str = option("idiff", "vae: plain VAE; ivae: VAE with prior p(z|u); idiff: ivae and "
                         "a U-Net", ("vae", "ivae", "idiff"))
-    latent_dim: int = option(6, "number of latents D, best the number of factors", least=1)
-    latent: str = option("gaussian", "kind of latents; gumbel and st are categories",
+    latent_dim: int = option(6, "number of latents D; the number of factors is best", least=1)
+    latent: str = option("gaussian", "kind of latents; gumbel and st are categorical",
                          ("gaussian", "gumbel", "st"))
     categories: int = option(16, "number of categories L of each categorical latent", least=2)
-    prior: str = option("full", "p(z|u): one network over all of u, or read off u (known)",
+    prior: str = option("full", "p(z|u): one network reads all of u (full), or u names it (known)",
                         PRIORS)
-    prior_mean: str = option("auto", "means of p(z|u); auto: zero with --u var, else learned",
+    prior_mean: str = option("auto", "means of p(z|u); auto: zero with --u var, learned otherwise",
                              ("auto", "learned", "zero"))
-    u: str = option("mean+var", "what u tells: scales of the factors (try --contrast 1 --rec 1 "
-                    "--kl 1e-3), centres too, or the data's own u", U_KINDS)
-    u_scale: float = option(0.3, "smallest scale that u gives a factor; smaller tells more",
+    u: str = option("mean+var", "what u tells: the factors' scales (try --contrast 1 --rec 1 "
+                    "--kl 1e-3), their centres too, or what the data's own u tells", U_KINDS)
+    u_scale: float = option(0.3, "smallest scale that u gives a factor; a smaller one tells more",
                             least=1e-3, below=1)
-    kl: float = option(1e-5, "lambda_KL, weight of KL(q(z|x) || p(z|u)); larger widens q(z|x)")
-    rec: float = option(0.25, "lambda_rec, weight of the decoder's error; larger sharpens")
+    kl: float = option(1e-5, "lambda_KL, weight of KL(q(z|x) || p(z|u)); more widens q(z|x)")
+    rec: float = option(0.25, "lambda_rec, weight of the decoder's error; more sharpens images")
     contrast: float = option(0.3, "weight of the contrast of z and u, which makes z tell u")
     kl_balance: float = option(0.5, "share of the KL's gradient that goes to p(z|u)", below=1)
     kl_reverse: float = option(0.0, "weight of KL(p(z|u) || q(z|x)), as a multiple of --kl")
-    predict: str = option("residual", "what the U-Net gives: the noise (eps), or what the "
+    predict: str = option("residual", "what the U-Net predicts: the noise (eps), or what the "
                           "decoder's image lacks", PREDICTIONS)
-    typical: float = option(0.1, "expected size of the decoder's error, for residual",
+    typical: float = option(0.1, "expected size of the decoder's error, in pixel values",
                             least=1e-3)
-    condition: str = option("mean", "what of q(z|x) the U-Net is given: its mean, or a sample",
+    condition: str = option("mean", "what the U-Net is given of q(z|x): its mean or a sample",
                             ("mean", "sample"))
     settle: float = option(0.4, "share of the iVAE's steps in which encoder and prior learn alone",
                            below=1)
-    unet_share: float = option(1 / 3, "share of all steps, at the end, for the U-Net alone",
-                               below=1)
-    unmix: int = option(1, "how often z is unmixed while settling, the last time at its end",
+    unet_share: float = option(1 / 3, "share of all steps, at the end, in which the U-Net "
+                               "learns alone", below=1)
+    unmix: int = option(1, "how often z is unmixed during settling, the last time at its end",
                         below=10)
     width: int = option(32, "channels of encoder and decoder at their finest level", least=1)
     unet_width: int = option(32, "channels of the U-Net at its finest level", least=8)
@@ -104,10 +104,10 @@ class Config:
     batch_size: int = option(128, "images per step, all of which are encoded", least=1)
     rec_images: int = option(32, "images of each batch that are decoded; 0 for all")
     ddpm_images: int = option(24, "images of each batch that the U-Net sees; 0 for all")
-    epochs: float = option(1.5, "length of the iVAE's training in epochs of 480,000 draws")
-    steps: int = option(0, "number of all optimiser steps; 0 leaves it to --epochs")
+    epochs: float = option(1.5, "length of the iVAE's training, in epochs of 480,000 draws")
+    steps: int = option(0, "number of optimiser steps in all; 0: set by --epochs")
     lr: float = option(2e-3, "peak learning rate of AdamW")
-    muon: float = option(0.03, "that of Muon, for matrices of decoder and U-Net; 0: AdamW")
+    muon: float = option(0.03, "rate of Muon, for weights of decoder and U-Net; 0: AdamW")
     schedule: str = option("cosine", "learning rate after warm-up", ("constant", "cosine"))
     clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
     ema: float = option(0.998, "decay per step of the averaged weights", below=1)
@@ -1578,7 +1578,6 @@ def script(name, less):
 
     Warnings become plain lines, each told once. less: the flag that asks for less memory.
     """
-    use_free_cores()
     told = set()
 
     def tell(message, *_, **__):

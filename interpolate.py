@@ -322,6 +322,7 @@ def start(args):
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}.")
 
+    idiff.use_free_cores()
     device = idiff.pick_device(args.device)
     model, data = idiff.open_checkpoint(args.checkpoint, device, args.data)
     out = args.out or Path(args.checkpoint).parent

@@ -1001,6 +1001,7 @@ def prepare(args, given):
 
 def start(args):
     """What the flags ask for: a search's folder, or a run's folder and what it ended with."""
+    idiff.use_free_cores()
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     searching = args.search or args.over or args.trials or args.objective != "mig"
     if searching and (not args.search or args.resume or WORLD > 1):
