@@ -637,23 +637,33 @@ class Pace:
     """Tells once that steps take twice as long as others of the same stage of the run did."""
 
     def __init__(self):
-        self.fastest = {}                                  # stage: seconds of a step
-        self.last = None                                   # stage, step and time of the last look
+        self.stage = self.since = None                     # since: step and time of the last look
+        self.fastest = math.inf                            # seconds of a step in this stage
         self.told = False
 
     def look(self, stage, step):
         """To be called now and then, with the number of steps done."""
-        last, self.last = self.last, (stage, step, time.time())
-        if last is None or last[0] != stage:
+        now = time.time()
+        if stage != self.stage:
+            self.stage = stage
+            self.since = None
+            self.fastest = math.inf
+        if self.since is None:
+            self.since = step, now
             return
-        seconds = (self.last[2] - last[2]) / (step - last[1])
-        fastest = min(seconds, self.fastest.get(stage, seconds))
-        self.fastest[stage] = fastest
-        if seconds > 2 * fastest and not self.told:
+
+        first, start = self.since
+        if now - start < 2:                                # too short to tell
+            return
+
+        seconds = (now - start) / (step - first)
+        self.since = step, now
+        self.fastest = min(self.fastest, seconds)
+        if seconds > 2 * self.fastest and not self.told:
             self.told = True
-            print(f"A step takes {seconds / fastest:.1f} times as long as before, perhaps because "
-                  "other programs are busy. Ctrl-C and --resume choose the number of threads anew.",
-                  file=sys.stderr)
+            print(f"A step takes {seconds / self.fastest:.1f} times as long as before, perhaps "
+                  "because other programs are busy. Ctrl-C and --resume choose the number of "
+                  "threads anew.", file=sys.stderr)
 
 
 def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
@@ -709,7 +719,7 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
                 idiff.save_checkpoint(path, model, ema, step=done,
                                       log_size=os.path.getsize(f"{out}/log.jsonl"),
                                       optimizers=[each.state_dict() for each in optimizers])
-                pace.last = None                           # the pace is of steps alone
+                pace.since = None                          # the pace is of steps alone
             if stopping:
                 barrier()                                  # rank 0 has saved: all end
                 raise KeyboardInterrupt("saved. Go on with: python train.py --resume "

@@ -44,8 +44,17 @@ def rank(number, port, file, argv):
     sys.stdout = sys.stderr = open(file, "w")
     importlib.reload(train)                                    # which reads the above
     train.fresh_draws = partial(train.fresh_draws, n=512)
+    if "--unmix" in argv:
+        train.unmix = partial(accepted_map, scale=1 + number)  # rank 1 finds another map
     with without_pictures():
         train.main(argv)
+
+
+def accepted_map(prior, z, u, z_held, u_held, scale):
+    """What train.unmix returns of a map that mixes the latents."""
+    w = scale * torch.eye(z.shape[1]).roll(1, dims=0)
+    return ((w, torch.ones(len(w)), prior),
+            {"from": 0.0, "to": 1.0, "gain in errors": 9.0, "accepted": True})
 
 
 def start_ranks(folder, argv):
@@ -121,6 +130,20 @@ def test_two_ranks_learn_as_one_process(tmp_path, tiny_npz):
     old, new, same_as = (torch.cat([w.flatten() for w in run["model"].values()])
                          for run in (content, one, other))
     assert (new - same_as).norm() < 1e-2 * (new - old).norm()
+
+
+def test_ranks_unmix_by_the_map_of_rank_0(tmp_path, tiny_npz, monkeypatch):
+    """While settling q(z|x) is not sampled, so that two ranks learn what one process learns."""
+    argv = [*TINY, "--data", tiny_npz, "--model", "ivae", "--batch-size", "8", "--steps", "4",
+            "--settle", "0.99", "--unmix", "2"]
+    monkeypatch.setattr(train, "unmix", partial(accepted_map, scale=1))
+    train.main([*argv, "--out", str(tmp_path / "one")])
+    statuses, shown = ranks(tmp_path, *argv, "--out", tmp_path / "two")
+    assert statuses == [0, 0] and shown[0].count("latents unmixed") == 1, shown
+    assert "unmixed" not in shown[1]
+    one, two = (read_checkpoint(str(tmp_path / name / "ckpt.pt")) for name in ("one", "two"))
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_two_steps_and_two_resumed_equal_four_on_two_ranks(four, tmp_path, tiny_npz):
