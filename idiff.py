@@ -54,6 +54,10 @@ PREDICTIONS = {}            # what the U-Net's output means
 U_KINDS = {}                # where u comes from
 DATA_SETS = {}              # functions device -> Data
 
+# The learning rate after warm-up, as a share of its peak, by the share of a stage's steps done.
+SCHEDULES = {"constant": lambda done: 1.0,
+             "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done)}
+
 
 # ---- Configuration ----
 
@@ -108,7 +112,7 @@ class Config:
     steps: int = option(0, "number of optimiser steps in all; 0: set by --epochs")
     lr: float = option(2e-3, "peak learning rate of AdamW")
     muon: float = option(0.03, "rate of Muon, for weights of decoder and U-Net; 0: AdamW")
-    schedule: str = option("cosine", "learning rate after warm-up", ("constant", "cosine"))
+    schedule: str = option("cosine", "learning rate after warm-up", SCHEDULES)
     clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
     ema: float = option(0.998, "decay per step of the averaged weights", below=1)
     precision: str = option("float32", "arithmetic", ("float32", "bfloat16"))
@@ -154,8 +158,8 @@ class Config:
         if self.u_dim == 0 and (self.model != "vae" or self.u != "own"):
             raise ValueError(f"u '{self.u}' has nothing to tell: the data have {self.n_factors} "
                              f"factors that vary and {self.n_u} columns of u.")
-        if self.u == "own" and self.prior == "known":
-            raise ValueError("prior 'known' cannot read u 'own'. Choose prior 'full'.")
+        if self.prior == "known":
+            self.kind_of_u.unpack(torch.zeros(1, self.u_dim))
 
     @property
     def z_dim(self):
@@ -351,17 +355,20 @@ class Encoder(nn.Module):
         last = mlp(c_in * side**2, 256, cfg.latent_dim * numbers_per_latent(cfg))
         self.net = nn.Sequential(*layers, nn.Flatten(), *last)
 
-        # start narrow if the decoder comes late: at first it would see little but noise
-        if cfg.latent == "gaussian" and cfg.settles:
-            nn.init.constant_(last[-1].bias[cfg.latent_dim:], self.LOGVAR_AT_START)
+    @property
+    def last(self):
+        """The last nn.Linear if it gives D means, then D log-variances; else None."""
+        linears = [layer for layer in self.modules() if isinstance(layer, nn.Linear)]
+        if self.cfg.latent != "gaussian" or not linears:
+            return None
+        return linears[-1] if linears[-1].out_features == 2 * self.cfg.latent_dim else None
 
     @torch.no_grad()
     def turn(self, w, b):
         """Make the means w mean + b, w (D, D), b (D,), by folding that into the last layer."""
-        *_, last = (layer for layer in self.modules() if isinstance(layer, nn.Linear))
         d = len(b)
-        last.weight[:d] = w @ last.weight[:d]
-        last.bias[:d] = w @ last.bias[:d] + b
+        self.last.weight[:d] = w @ self.last.weight[:d]
+        self.last.bias[:d] = w @ self.last.bias[:d] + b
 
     def forward(self, x):
         h = widened(self.net(like_weights(x, self)))           # (B, 2 D) or (B, D L)
@@ -823,10 +830,19 @@ class PredictEps:
         """Times (b,) in (0, 1] to train at, from shares uniform in [0, 1)."""
         return share.clamp(min=1e-5)
 
+    def maps(self, unet, x_t, t, z, x_hat):
+        """The network's output, (B, n_maps C, H, W); ValueError if another network gives less."""
+        out = unet(x_t, t, z, x_hat)
+        wanted = (len(x_t), self.n_maps * x_t.shape[1], *x_t.shape[2:])
+        if out.shape != wanted:
+            raise ValueError(f"the U-Net must give {wanted} for predict {self.cfg.predict!r}, got "
+                             f"{tuple(out.shape)}.")
+        return out
+
     def denoise(self, unet, x_t, t, z, x_hat):
         """The clean image (B, C, H, W) that the network believes in; arguments as IDiff.denoise."""
         alpha, ratio = self.sde.alpha_ratio(t)
-        return x_t / alpha - ratio * unet(x_t, t, z, x_hat)
+        return x_t / alpha - ratio * self.maps(unet, x_t, t, z, x_hat)
 
     def error(self, x_0, x, t):
         """The error whose mean square is the loss: here that of the noise estimate (Eq. 3 with
@@ -866,11 +882,10 @@ class PredictResidual(PredictEps):
         # samplers start at more noise than the network was trained on: it is told the most it knows
         told = ratio.clamp(max=self.RATIOS[1])
         t = self.sde.t_of_lam(-told.log()).flatten()
-        out = unet(offset / self.scale(ratio), t, z, x_hat)    # (B, 2 C, H, W)
+        out, logit = self.maps(unet, offset / self.scale(ratio), t, z, x_hat).chunk(2, dim=1)
 
         # the decoder's image, the share of the offset that the gate lets through, and the residual
         typical = self.cfg.typical
-        out, logit = out.chunk(2, dim=1)
         gate = torch.sigmoid(logit + 2 * (typical / ratio).log())
         return x_hat + gate * offset + typical * ratio / self.scale(ratio) * out
 
@@ -895,6 +910,11 @@ class IDiff(nn.Module):
         self.sde = VPSDE()
         self.prediction = PREDICTIONS[cfg.predict](cfg, self.sde)
         self.encoder = Encoder(cfg)
+        last = self.encoder.last
+
+        # start narrow if the decoder comes late: at first it would see little but noise
+        if cfg.settles and last is not None:
+            nn.init.constant_(last.bias[cfg.latent_dim:], Encoder.LOGVAR_AT_START)
         self.prior = Prior(cfg) if cfg.model == "vae" else PRIORS[cfg.prior](cfg)
         self.decoder = Decoder(cfg)
         self.unet = ScoreUNet(cfg) if cfg.model == "idiff" else None
@@ -1089,9 +1109,9 @@ def read_checkpoint(path, device="cpu"):
         check_content(content)
     except Exception as error:         # whatever torch raises, the file is at fault
         reason = f"{type(error).__name__}, {in_one_line(error)}".split(". ")[0]
-        raise ValueError(f"'{path}' is not an iDiff checkpoint of this version, or is damaged "
-                         f"({reason}). Train it again, or pass another; if a file of your own "
-                         "changes idiff, run it through that file.") from None
+        raise ValueError(f"'{path}' is not an iDiff checkpoint of this version, or is damaged. If "
+                         "a file of your own changes idiff, run it through that file; else train "
+                         f"it again, or pass another ({reason}).") from None
     return content
 
 
@@ -1215,6 +1235,9 @@ class ScalesU:
 
     def unpack(self, u):
         """{"log_scale": log s, "centre": m}, (B, K) each, of u (B, U)."""
+        if type(self).draw is not ScalesU.draw:
+            raise ValueError(f"prior 'known' cannot read u of {type(self).__name__}, whose draw is "
+                             "its own: give it an unpack, or choose prior 'full'.")
         scales = u[:, :self.n_factors]
         centres = u[:, self.n_factors:] if self.tells_centres else torch.zeros_like(scales)
         return {"log_scale": 0.5 * (1 - scales) * math.log(self.u_scale), "centre": centres}
@@ -1244,9 +1267,6 @@ class OwnU(ScalesU):
         chosen = torch.randint(len(rows), (n,), generator=generator, device=data.device)
         return rows[chosen], data.u[rows[chosen]]
 
-    def unpack(self, u):
-        raise ValueError("the data's own u does not tell scales and centres of factors.")
-
 
 U_KINDS.update({"var": ScalesU, "mean+var": CentresU, "own": OwnU})
 
@@ -1268,7 +1288,7 @@ class Data:
         self.factor_sizes = tuple(map(len, self.values))
         self.image_shape = image_shape
         self.images = images
-        self.device = device
+        self.device = torch.device(device)
         self.fingerprint = fingerprint or f"{name} 1"          # raised when a replica changes
         self.note = note
         self.source = {}                                       # what load_data was given
@@ -1294,10 +1314,13 @@ class Data:
 
         # a grid with gaps: its rows, sorted by the number they would have on the full grid
         self.table = None
+        if factors is None and u is not None and not sizes:
+            factors = torch.zeros(len(u), 0, dtype=torch.int64)
         if factors is not None:
-            self.table = factors.to(device)
+            self.table = torch.as_tensor(factors, device=device)
             self.numbers, self.order = (self.table * self.strides).sum(dim=1).sort()
-        self.u = torch.zeros(len(self), 0, device=device) if u is None else u.to(device)
+        u = torch.zeros(len(self), 0) if u is None else u
+        self.u = torch.as_tensor(u, dtype=torch.float32, device=device)
 
         # rows that training by the data's own u never sees: 5 %, the same for every run
         n = len(self)
@@ -1319,7 +1342,11 @@ class Data:
         """Rows (n,) and their u (n, U), drawn as a kind of u says, see U_KINDS."""
         kind = U_KINDS[u](len(self.varied), self.u.shape[1], u_scale)
         draw = kind.draw_held_out if held_out else kind.draw
-        return draw(self, n, generator)
+        rows, drawn = draw(self, n, generator)
+        if drawn.shape != (n, kind.width):
+            raise ValueError(f"u '{u}' has width {kind.width}, but its draw gave "
+                             f"{tuple(drawn.shape)} for {n} rows.")
+        return rows, drawn
 
     def modulate(self, s, m, generator):
         """Rows (n,) drawn with probability ∝ exp(-sum_k ((g_k - m_k) / s_k)^2 / 2); s, m: (n, K).

@@ -290,6 +290,11 @@ def build(cfg, device, ivae=None):
     torch.manual_seed(cfg.seed)
     model = idiff.IDiff(cfg)
 
+    # what must fail later fails now
+    if cfg.unmix_steps and model.encoder.last is None:
+        raise ValueError("unmixing needs an encoder whose last nn.Linear gives D means, then D "
+                         "log-variances. Change yours, or pass --unmix 0.")
+
     # a frozen iVAE
     if ivae is not None:
         freeze(model, ivae)
@@ -354,12 +359,9 @@ def stage(cfg, step):
 
 
 def rate_share(cfg, step):
-    """Share of the peak learning rates: up over 100 steps, then 1, or half a cosine down to 0."""
+    """Share of the peak learning rates: up over 100 steps of each stage, times the schedule's."""
     k, n = stage(cfg, step)
-    share = min(1.0, (k + 1) / 100)
-    if cfg.schedule == "cosine":
-        share *= 0.5 + 0.5 * math.cos(math.pi * k / n)
-    return share
+    return min(1.0, (k + 1) / 100) * idiff.SCHEDULES[cfg.schedule](k / n)
 
 
 def draw_batch(model, data, step):
@@ -528,14 +530,15 @@ def held_out_contrast(model, data, n_batches=8):
     return torch.stack(losses).mean().item()
 
 
-def unmix_model(model, ema, optimizer, data):
+def unmix_model(model, ema, optimizer, data, step):
     """Unmix z: the map goes into the encoder's last layer, the new prior into the model.
 
     Averaged weights, which the map was fitted to, go on as the model's; the moments of AdamW are
     those of other weights, and begin anew. Returns what unmix tells.
     """
-    z, u = draw_codes(ema, data, 20_000, held_out=False)
-    z_held, u_held = draw_codes(ema, data, 5_000, held_out=True)
+    n_seen = step * model.cfg.batch_size                   # after few steps there is little to fit
+    z, u = draw_codes(ema, data, min(n_seen, 20_000), held_out=False)
+    z_held, u_held = draw_codes(ema, data, min(n_seen, 5_000), held_out=True)
     if not z.isfinite().all():
         raise ValueError("the codes are not finite. Try a smaller --lr, or --precision float32.")
     result = [unmix(ema.prior, z, u, z_held, u_held)]
@@ -637,7 +640,8 @@ class Pace:
     """Tells once that steps take twice as long as others of the same stage of the run did."""
 
     def __init__(self):
-        self.stage = self.since = None                     # since: step and time of the last look
+        self.stage = None
+        self.since = None                                  # step and time of the last look
         self.fastest = math.inf                            # seconds of a step in this stage
         self.told = False
 
@@ -652,8 +656,9 @@ class Pace:
             self.since = step, now
             return
 
+        # two seconds or more, for less says little
         first, start = self.since
-        if now - start < 2:                                # too short to tell
+        if now - start < 2:
             return
 
         seconds = (now - start) / (step - first)
@@ -682,7 +687,7 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
         for step in bar:
             # between the stages of the run
             if step in cfg.unmix_steps:
-                told = unmix_model(model, ema, optimizers[0], data)
+                told = unmix_model(model, ema, optimizers[0], data, step)
                 if RANK == 0:
                     log(out, {"step": step, "unmixing": told})
                     kept = "unmixed" if told["accepted"] else "left as they are"
@@ -722,8 +727,7 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
                 pace.since = None                          # the pace is of steps alone
             if stopping:
                 barrier()                                  # rank 0 has saved: all end
-                raise KeyboardInterrupt("saved. Go on with: python train.py --resume "
-                                        f"{shlex.quote(path)}")
+                raise KeyboardInterrupt(f"saved. Go on with: {command('train', '--resume', path)}")
 
 
 @torch.no_grad()
@@ -766,6 +770,21 @@ def describe(data, model):
             f"factors: {', '.join(factors) or 'none'}\n{data.note}")
 
 
+def command(script, *argv):
+    """The command line of a script, to be run from here.
+
+    A file of the user's own beside the scripts that started this run knows what it changed: it is
+    to run the script.
+    """
+    own = Path(sys.argv[0]).resolve()
+    here = Path(__file__).resolve().parent
+    file = [f"{script}.py"]
+    if own.parent == here and own.stem not in ("train", "evaluate", "interpolate"):
+        file = [own.name, script]
+    file[0] = os.path.relpath(here / file[0])
+    return shlex.join(["python", *file, *argv])
+
+
 def finish(model, data, out):
     """What ends a run: fresh draws, pictures, the commands that come next. Returns the first."""
     result = fresh_draws(model, data)
@@ -777,16 +796,10 @@ def finish(model, data, out):
     with drawing(f"{out}/samples.png") as path:
         draw_samples(path, model, data)
 
-    # a file of the user's own that started this run knows what it changed: the commands go there
-    own = Path(sys.argv[0]).resolve()
-    here = Path(__file__).resolve().parent
-    is_own = own.parent == here and own.name != "train.py"
     print("Next:")
-    for name in ("evaluate", "interpolate"):
-        script = [own.name, name] if is_own else [f"{name}.py"]
-        script[0] = os.path.relpath(here / script[0])
-        if name == "interpolate" or data.factor_names:     # metrics need factors
-            print(" ", shlex.join(["python", *script, f"{out}/ckpt.pt"]))
+    for script in ("evaluate", "interpolate"):
+        if script == "interpolate" or data.factor_names:   # metrics need factors
+            print(" ", command(script, f"{out}/ckpt.pt"))
     return result
 
 

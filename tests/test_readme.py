@@ -62,7 +62,7 @@ def test_readme_command_parses(argv):
 
 
 def test_every_flag_is_one_of_the_scripts():
-    known = {"--index-url", "--nproc-per-node", "--gpu"}       # of pip, torchrun, bench_train.py
+    known = {"--index-url", "--nproc-per-node", "--gpu", "--load"}   # pip, torchrun, bench_train.py
     for module in (train, evaluate, interpolate):
         known.update(module.build_parser()._option_string_actions)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known

@@ -126,7 +126,7 @@ def test_both_weights_take_it_and_the_optimiser_forgets(own):
     before = ema.encode(x)[0].detach()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "unmix", accepted)
-        train.unmix_model(model, ema, optimizers[0], data)
+        train.unmix_model(model, ema, optimizers[0], data, step=3)
     turned = before * torch.tensor([-1.0, 1.0, 1.0])
     torch.testing.assert_close(ema.encode(x)[0], turned)
     torch.testing.assert_close(model.encode(x)[0], turned)
