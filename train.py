@@ -734,8 +734,7 @@ def finish(model, data, out):
     for name in ("evaluate", "interpolate"):
         script = [own.name, name] if is_own else [f"{name}.py"]
         script[0] = os.path.relpath(here / script[0])
-        if name == "interpolate" or data.factor_names:     # metrics need factors
-            print(" ", shlex.join(["python", *script, f"{out}/ckpt.pt"]))
+        print(" ", shlex.join(["python", *script, f"{out}/ckpt.pt"]))
     return result
 
 
