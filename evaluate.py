@@ -340,10 +340,10 @@ def identifiable(p, zero_means=False):
     singular values exceed 1 % of the largest, each parameter divided by its standard deviation over
     u; "condition": the largest by the least, NaN if some lack. Source: Khemakhem et al. 2020.
     """
-    precision = 1 / p.variance.double()
+    precision = 1 / p.variance.cpu().double()                  # some devices have no doubles
     eta = [precision / -2]
     if not zero_means:
-        eta.append(p.mean * precision)
+        eta.append(p.mean.cpu() * precision)
     k = len(eta)
     eta = torch.cat(eta, dim=1)                                # (M, D k)
     eta = eta - eta.mean(dim=0)
@@ -920,7 +920,7 @@ def draw_information(r):
 
 
 def draw_latents_by_u(r):
-    """Samples of 40 latents at most, by the number of u, or where more than 50 are different by the
+    """Samples of 40 latents at most, by the index of u, or where more than 50 are different by the
     column of u that each latent follows most."""
     arrays = r["arrays"]
     number = arrays["number"]
@@ -928,7 +928,7 @@ def draw_latents_by_u(r):
     figure, axes = idiff.panels(len(shown), (6, 2))
     for i, (z, ax) in enumerate(zip(shown, axes)):
         x = number
-        name = "number of u"
+        name = "index of u"
         if r["prior"]["different_u"] > 50:
             j = correlation(z[:, None], arrays["u"]).argmax()
             x = arrays["u"][:, j]
