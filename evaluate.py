@@ -3,19 +3,24 @@
 
     python evaluate.py runs/NAME/ckpt.pt                 # a report; many: the paper's tables
     python evaluate.py runs/NAME/ckpt.pt --generate 200  # and how good generated images are
+    python evaluate.py runs/A/ckpt.pt runs/B/ckpt.pt     # and whether runs agree on their latents
 
 A path may also be a metrics.json, which is read as it is, or a codes.npz with codes (N, D),
 factors (N, K) and maybe factor_names of somebody else's model. Metrics are functions of codes and
-factors; what is undefined is NaN, with a warning. In Python: report(model, data). Sources: Chen
-2018 (MIG), Hyvarinen 2016 (MCC), Eastwood 2018 (DCI), Ridgeway 2018 (modularity).
+factors; what is undefined is NaN, with a warning. Without factors the report tells what p(z|u) can
+identify. In Python: report(model, data), agreement(codes). Sources: Chen 2018 (MIG), Hyvarinen 2016
+(MCC), Eastwood 2018 (DCI), Ridgeway 2018 (modularity), Khemakhem 2020 (what u identifies,
+agreement).
 """
 import argparse
 import json
+import math
 import os
 import warnings
 from collections import defaultdict
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +32,7 @@ from idiff import drawing, in_one_line, progress
 
 N_SCORES = 10_000           # rows of the standard, of all metrics but DCI
 N_DCI = 15_000              # two thirds of them train the trees
+N_PAIRS = 1000              # where each row is compared with each
 
 NAMES = {"mig": "discrete MIG",
          "mcc": "Spearman MCC",
@@ -263,6 +269,132 @@ def dci(codes, factors, seed=0, n_bins=20):
     return scores
 
 
+# ---- Without factors ----
+
+def shared(a, b):
+    """What codes a (N, D1) and b (N, D2) of the same rows share, a dict, see agreement."""
+    from scipy.linalg import orth, svdvals
+    rho = correlation(a, b)
+    matched = match(rho)
+    per_latent = np.zeros(len(rho))
+    per_latent[matched[0]] = rho[matched]
+
+    # cosines between what the columns span; a constant column spans nothing
+    cosines = svdvals(orth(a - a.mean(axis=0)).T @ orth(b - b.mean(axis=0)))
+    return {"agreement": per_latent.sum() / max(rho.shape),
+            "canonical": cosines.sum() / min(rho.shape),
+            "per_latent": per_latent, "matched": np.array(matched), "rho": rho}
+
+
+def agreement(codes, seed=0):
+    """How far independent runs find the same latents, a dict. codes: [(N, D1), (N, D2), ...].
+
+    "pairs": for each two "runs", the |Spearman's rho| of their latents "rho" (D1, D2); "matched",
+    rows and columns of the one-to-one pairs with the largest sum; "per_latent", that of each latent
+    of the first run, 0 without a match; "agreement", their sum / max(D1, D2); "canonical", the mean
+    canonical correlation, 1 if codes are the same up to a linear map; "floor", the agreement if the
+    second run's rows are shuffled. "mean": of these three over all pairs; "least": the least
+    agreement; "per_latent": the least of each latent of run 0. ValueError unless all have the same
+    rows. Sources: Khemakhem et al. 2020 (ICE-BeeM), Roeder et al. 2021.
+    """
+    codes = [as_numbers(z, "codes") for z in codes]
+    if len(codes) < 2 or len(set(map(len, codes))) > 1:
+        raise ValueError("agreement needs codes of the same rows from two runs or more: got "
+                         f"{[z.shape for z in codes]}.")
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for a, b in combinations(range(len(codes)), 2):
+        pair = shared(codes[a], codes[b])
+        shuffled = shared(codes[a], rng.permutation(codes[b]))
+        pairs.append({"runs": [a, b], **pair, "floor": shuffled["agreement"]})
+
+    mean = {}
+    for name in ("agreement", "canonical", "floor"):
+        mean[name] = np.mean([pair[name] for pair in pairs])
+    of_first = [pair["per_latent"] for pair in pairs[:len(codes) - 1]]
+    return plain({"n": len(codes[0]), "mean": mean,
+                  "least": min(pair["agreement"] for pair in pairs),
+                  "per_latent": np.min(of_first, axis=0), "pairs": pairs})
+
+
+def information(z, p):
+    """How much each latent, and last all together, tell of u, (D + 1,) in nats, and the errors.
+
+    A lower bound on I(z; u), the entropy of u among the N at most. As in contrast_loss, but of a
+    latent at a time, too. z: (N, D), or (N, D, L) categories; p: p(z|u).
+    """
+    log_p = p.log_prob(z[:, None])                             # (N, N, D)
+    log_p = torch.cat([log_p, log_p.sum(dim=2, keepdim=True)], dim=2)
+    own = log_p.diagonal().mT                                  # (N, D + 1)
+    any_u = log_p.logsumexp(dim=1) - math.log(len(z))          # (N, D + 1)
+    told = own - any_u
+    return told.mean(dim=0), told.std(dim=0) / len(z)**0.5
+
+
+def identifiable(p, zero_means=False):
+    """What a Gaussian p(z|u) of M different u, over (M, D), can identify: a dict.
+
+    A latent has k = 2 natural parameters, mean / variance and -1 / (2 variance), or k = 1, the
+    latter, if means are 0. Theory asks that all D k, which are "wanted", move with u independently.
+    That takes D k + 1 different u, so M are "enough_for" (M - 1) / k latents. "rank": how many
+    singular values exceed 1 % of the largest, each parameter divided by its standard deviation over
+    u; "condition": the largest by the least, NaN if some lack. Source: Khemakhem et al. 2020.
+    """
+    precision = 1 / p.variance.cpu().double()                  # some devices have no doubles
+    eta = [precision / -2]
+    if not zero_means:
+        eta.append(p.mean.cpu() * precision)
+    k = len(eta)
+    eta = torch.cat(eta, dim=1)                                # (M, D k)
+    eta = eta - eta.mean(dim=0)
+    std = eta.std(dim=0, correction=0).clamp(min=1e-6)         # 0 where u changes nothing
+    s = torch.linalg.svdvals(eta / std)
+
+    n, wanted = eta.shape
+    rank = (s > 0.01 * s[0]).sum()
+    return {"enough_for": (n - 1) // k, "wanted": wanted, "rank": rank,
+            "condition": s[0] / s[-1] if rank == wanted else np.nan}
+
+
+def different(u):
+    """The different rows of u (N, U), to four digits, (M, U), and which of them each is, (N,)."""
+    # from the last column on, so that class k of one-hot columns has the number k; there may be
+    # no column
+    padded = F.pad(u.flip(1), (0, 1)).round(decimals=4)
+    values, number = padded.unique(dim=0, return_inverse=True)
+    return values[:, :-1].flip(1), number
+
+
+@torch.no_grad()
+def measure_prior(model, data, rows, samples, every_u, own):
+    """What can be known without factors, a dict, and the arrays that pictures show of it, a dict.
+
+    rows: (N,), and samples of their z: (N, D); every_u: all u that there are; own: which of these
+    are theirs, (N,).
+    """
+    # how much of u is told, and of how much
+    values, number = different(every_u)
+    number = number[own].cpu().numpy()
+    u = every_u[own]
+    x = data.images(rows)
+    q = model.encoder(x)
+    p = model.prior(u)
+    told, error = information(q.mean, p)
+    x_hat = torch.cat([model.decode(z) for z in q.code()[0].split(100)])
+    result = {"n": len(rows), "information": told, "error": error,
+              "at_most": entropies(number[:, None])[0], "different_u": len(values),
+              "reconstruction_error": squares(x_hat - x).mean()}
+    arrays = {"samples": samples, "u": u.cpu().numpy(), "number": number}
+
+    # how far p(z|u) is right, and what it can identify
+    if model.cfg.latent == "gaussian":
+        fit = (samples - p.mean.cpu().numpy()) / p.stddev.cpu().numpy()
+        arrays["fit"] = fit
+        result.update(fit_mean=fit.mean(axis=0), fit_std=fit.std(axis=0),
+                      **identifiable(model.prior(values), model.cfg.zero_means))
+    return result, arrays
+
+
 # ---- Codes of a model or a file ----
 
 @torch.no_grad()
@@ -424,49 +556,69 @@ def generation(model, data, rows, codes, n, seed):
 # ---- The report ----
 
 # It is a dict: "metrics" and, for comparison, "noise_floor" and "..._on_draws", each with
-# the names of NAMES as keys; "per_factor"; what a checkpoint says of itself; "generation". Its
-# "arrays" are what pictures show; they stay out of metrics.json.
+# the names of NAMES as keys; "per_factor"; "prior", which needs no factors; what a checkpoint says
+# of itself; "generation". Its "arrays" are what pictures show; they stay out of metrics.json.
 
 def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name="model"):
-    """The report of a model on its data, a dict, see above. ValueError for data without factors.
+    """The report of a model on its data, a dict, see above.
 
-    n: how many random images to encode; n_bins: of latents, and of factors that are numbers; trees:
-    whether to fit DCI's, which takes most of the time; generate: how many images to generate and
-    judge; name: what the report calls the model.
+    n: how many random images to encode, and how many that training never saw; n_bins: of latents,
+    and of factors that are numbers; trees: whether to fit DCI's, which takes most of the time;
+    generate: how many images to generate and judge, ValueError without factors; name: what the
+    report calls the model.
     """
     check_counts(n, generate, n_bins)
     cfg = model.cfg
-    if not data.factor_names or (generate and not len(data.varied)):
-        raise ValueError(f"'{name}': MIG, MCC, DCI and modularity need factors, --generate those "
-                         f"of 2 to 1,000 values, and {data.name} has none. Pass others by --data; "
-                         "interpolate.py needs none.")
+    if generate and not len(data.varied):
+        raise ValueError(f"'{name}': --generate needs factors of 2 to 1,000 values, and "
+                         f"{data.name} has none. Pass others by --data.")
 
-    # random images of the grid, then as many modulated draws; the data's own u draws all rows
-    # alike, which needs no second look
+    # random images, for what needs factors
     n = min(n, len(data))
     generator = torch.Generator(data.device).manual_seed(seed)
-    rows = torch.randperm(len(data), generator=generator, device=data.device)[:n]
-    drawn_by = cfg.u if len(data.varied) else "own"
-    n_drawn = 0 if drawn_by == "own" else min(n, N_SCORES)
-    drawn, u = data.draw(n_drawn, generator, drawn_by, cfg.u_scale)
-    codes, samples = encode(model, data, torch.cat([rows, drawn]), seed)
-    factors = data.factors(rows).cpu().numpy()
-    factors_drawn = data.factors(drawn).cpu().numpy()
+    rows = torch.randperm(len(data), generator=generator, device=data.device)
+    rows = rows[:n if data.factor_names else 0]
 
-    # u as if it were a code: its centres, or else its scales, which come before
-    draws = {}
-    if n_drawn:
-        u = u[:, -len(data.varied):].cpu().numpy()
-        draws = {"encoder_on_draws": (codes[n:], factors_drawn), "u_on_draws": (u, factors_drawn)}
+    # images for what needs u: modulated draws, or those that training never saw
+    modulated = cfg.u != "own" and len(data.varied) > 0
+    if modulated:
+        others, every_u = data.draw(min(n, N_SCORES), generator, cfg.u, cfg.u_scale)
+        own = torch.arange(len(others), device=data.device)
+    else:
+        others, every_u = data.held_out[:n], data.u
+        own = others
+    codes, samples = encode(model, data, torch.cat([rows, others]), seed)
+    codes, codes_others = np.split(codes, [len(rows)])
+    samples, samples_others = np.split(samples, [len(rows)])
 
+    # what every report has; agreement is of the same rows by each run
     kind = "means" if cfg.latent == "gaussian" else "modes"
+    arrays = {"codes": codes if modulated else codes_others}
     result = {"file": name, "data": data.name, "fingerprint": data.fingerprint, "model": cfg.model,
               "codes": f"{kind} of q(z|x), averaged weights", "config": vars(cfg),
-              "training": model.info}
+              "training": model.info, "seed": seed, **spread(arrays["codes"])}
+    if every_u.shape[1] == cfg.u_dim:            # else the model knows another u
+        few = slice(N_PAIRS)
+        prior, shown = measure_prior(model, data, others[few], samples_others[few], every_u,
+                                     own[few])
+        result["prior"] = {"images": "modulated draws" if modulated else "images held out", **prior}
+        arrays.update(shown)
     if generate:
-        result["generation"] = generation(model, data, rows, codes[:n], generate, seed)
-    result.update(measure(codes[:n], factors, data.factor_names, draws, seed, n_bins, trees))
-    return finished(result, codes[:n], samples[:n], factors, factors_drawn, n_bins)
+        result["generation"] = generation(model, data, rows, codes, generate, seed)
+
+    if data.factor_names:
+        factors = data.factors(rows).cpu().numpy()
+        drawn = others if modulated else others[:0]
+        factors_drawn = data.factors(drawn).cpu().numpy()
+        draws = {}
+        if modulated:
+            # u as if it were a code: its centres, or else its scales, which come before
+            u = every_u[:, -len(data.varied):].cpu().numpy()
+            draws = {"encoder_on_draws": (codes_others, factors_drawn),
+                     "u_on_draws": (u, factors_drawn)}
+        result.update(measure(codes, factors, data.factor_names, draws, seed, n_bins, trees))
+        arrays.update(shown_factors(samples, factors, factors_drawn, n_bins))
+    return {**plain(result), "arrays": arrays}
 
 
 def report_of_codes(codes, factors, names, n=N_DCI, seed=0, n_bins=20, trees=True, name="codes"):
@@ -477,7 +629,7 @@ def report_of_codes(codes, factors, names, n=N_DCI, seed=0, n_bins=20, trees=Tru
     rows = np.random.default_rng(seed).permutation(len(codes))[:n]
     codes, factors = codes[rows], factors[rows]
     result.update(measure(codes, factors, names, {}, seed, n_bins, trees))
-    return finished(result, codes, codes, factors, factors[:0], n_bins)
+    return {**plain(result), "arrays": shown_factors(codes, factors, factors[:0], n_bins)}
 
 
 def check_counts(n, generate, n_bins):
@@ -496,7 +648,7 @@ def fast_metrics(codes, factors, n_bins):
 
 def measure(codes, factors, names, draws, seed, n_bins, trees):
     """The numbers of a report, a dict. draws: {name: (codes, factors)} to compare with."""
-    std = codes.std(axis=0)
+    widths = spread(codes)
 
     # DCI takes up to 15,000 rows
     scores = dict.fromkeys(NAMES, np.nan)
@@ -523,24 +675,29 @@ def measure(codes, factors, names, draws, seed, n_bins, trees):
     return {"metrics": scores,
             "noise_floor": fast_metrics(noise, factors, n_bins),
             **{name: fast_metrics(*pair, n_bins) for name, pair in draws.items()},
-            "per_factor": per_factor, "n": len(codes),
-            "n_active": (std >= 0.05 * std.max()).sum(), "latent_std": std, "mi_over_h": share,
+            "per_factor": per_factor, **widths, "n": len(codes), "mi_over_h": share,
             "seed": seed, "n_bins": n_bins,
             "scikit-learn": version("scikit-learn")}           # whose trees are DCI's
 
 
-def finished(result, codes, samples, factors, drawn, n_bins):
-    """A report in plain numbers, None for NaN, with the arrays that its pictures show."""
-    text = json.dumps(result, default=lambda a: a.tolist())
-    result = json.loads(text, parse_constant=lambda nan: None)
+def spread(codes):
+    """The numbers of codes (N, D) and of their active latents, and each latent's width, a dict."""
+    std = codes.std(axis=0)
+    return {"n": len(codes), "n_active": (std >= 0.05 * std.max()).sum(), "latent_std": std}
 
-    # pictures show classes, in modulated draws the same ones
+
+def plain(result):
+    """A dict in plain numbers, as JSON has them; None for NaN and inf."""
+    text = json.dumps(result, default=lambda a: a.tolist())
+    return json.loads(text, parse_constant=lambda nan: None)
+
+
+def shown_factors(samples, factors, drawn, n_bins):
+    """The arrays that pictures show of factors, a dict: classes, in modulated draws the same."""
     every = np.vstack([factors, drawn])
     _, every = as_arrays(every, every, n_bins)
     n = len(factors)
-    result["arrays"] = {"codes": codes, "samples": samples, "factors": every[:n],
-                        "drawn": every[n:]}
-    return result
+    return {"samples": samples, "factors": every[:n], "drawn": every[n:]}
 
 
 def write_report(result, folder):
@@ -548,7 +705,14 @@ def write_report(result, folder):
     folder = Path(folder)
     numbers = {name: value for name, value in result.items() if name != "arrays"}
     (folder / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n", "utf-8")
-    pictures = {"latents": draw_latents, "factors": draw_factors, "information": draw_information}
+    pictures = {}
+    if "metrics" in result:
+        pictures = {"latents": draw_latents, "factors": draw_factors,
+                    "information": draw_information}
+    elif "prior" in result:
+        pictures = {"latents": draw_latents_by_u, "information": draw_told}
+        if "fit" in result["arrays"]:
+            pictures["fit"] = draw_fit
     for name, draw in pictures.items():
         with drawing(folder / f"{name}.png") as picture:
             draw(result).savefig(picture, dpi=150)
@@ -567,13 +731,15 @@ def format_report(r):
     for key, title in titles.items():
         if key in r:
             columns.append([title, *(r[key].get(name) for name in NAMES)])
-    text += idiff.table(columns) + "\n"
 
     # which latent found which factor
-    rows = [["factor", "latent", "MI/H", "gap", "|rho|", "MCC's latent"]]
-    for name, row in r["per_factor"].items():
-        rows.append([name, *row.values()])
-    text += idiff.table(zip(*rows)) + "\n"
+    if "metrics" in r:
+        rows = [["factor", "latent", "MI/H", "gap", "|rho|", "MCC's latent"]]
+        for name, row in r["per_factor"].items():
+            rows.append([name, *row.values()])
+        text += f"{idiff.table(columns)}\n{idiff.table(zip(*rows))}\n"
+    if "prior" in r:
+        text += format_prior(r["prior"])
 
     # images made of codes, as a classifier reads them
     if "generation" in r:
@@ -587,7 +753,27 @@ def format_report(r):
     return text + f"{r['n_active']} active latents, std: {widths}"
 
 
-# ---- The paper's tables ----
+def format_prior(r):
+    """What a report tells of p(z|u), for people."""
+    n_latents = len(r["information"]) - 1
+    columns = [["latent", *latent_names(range(n_latents)), "all"],
+               ["nats told of u", *r["information"]],
+               ["error", *r["error"]]]
+    verdict = ""
+    if "rank" in r:
+        columns.append(["mean by p(z|u)", *r["fit_mean"], None])
+        columns.append(["std by p(z|u)", *r["fit_std"], None])
+        change = "means and scales" if r["wanted"] > n_latents else "scales"
+        condition = f", condition {r['condition']:.0f}" if r["condition"] else ""
+        verdict = (f"{r['different_u']:,} different u: enough for {r['enough_for']:,} latents "
+                   f"whose {change} change, this model has {n_latents}. p(z|u) has rank "
+                   f"{r['rank']} of {r['wanted']}{condition}.\n")
+    return (f"{idiff.table(columns)}\n{r['n']:,} {r['images']}: at most {r['at_most']:.2f} nats of "
+            "u can be told; where p(z|u) is right the mean is 0, the std 1. The decoder's mean "
+            f"squared error is {r['reconstruction_error']:.4f}.\n{verdict}\n")
+
+
+# ---- The paper's tables, and agreement ----
 
 def summary(group):
     """A cell for each of the four metrics: mean ± std / max over a group of reports."""
@@ -616,7 +802,7 @@ def format_table(title, columns):
 def format_tables(results):
     """Table 2 (by model) and Table 3 (by configuration, over its seeds), of each data set."""
     by_data, by_config = {}, {}
-    for r in results:
+    for r in [r for r in results if "metrics" in r]:
         models = by_data.setdefault(r["data"], {})
         models.setdefault(MODELS[r["model"]], []).append(r)
         key = str([r["data"], {**r["config"], "seed": None}])
@@ -633,7 +819,52 @@ def format_tables(results):
     return text
 
 
+def agreements(results):
+    """Agreement of the checkpoints of each data set that has two or more, a list of dicts."""
+    groups = defaultdict(list)
+    for r in results:
+        if "fingerprint" in r and "arrays" in r:
+            same_rows = r["fingerprint"], r["config"]["u"] == "own"
+            groups[same_rows].append(r)
+    found = []
+    for group in groups.values():
+        if len(group) > 1:
+            found.append({"data": group[0]["data"], "files": [r["file"] for r in group],
+                          **agreement([r["arrays"]["codes"] for r in group])})
+    return found
+
+
+def format_agreement(a):
+    """The table of an agreement: each run beside the first, whose latents are those named."""
+    first, *others = a["files"]
+    names = latent_names(range(len(a["per_latent"])))
+    rows = [["run", "agreement", "canonical correlation", "shuffled rows", *names]]
+    for name, pair in zip(others, a["pairs"]):                 # the first run's pairs are first
+        scores = [pair[score] for score in a["mean"]]
+        rows.append([name, *scores, *pair["per_latent"]])
+    rows.append(["mean over all pairs", *a["mean"].values(), *[None] * len(names)])
+    rows.append(["least", a["least"], None, None, *a["per_latent"]])
+    return (f"Agreement with {first}: |rho| of matched latents, and its mean; {a['data']}, "
+            f"n = {a['n']:,}\n\n{idiff.table(zip(*rows))}\nAt 1 two runs find the same latents, up "
+            "to their order and a function of each. Where only the canonical correlation is 1, "
+            "they find the same up to a linear map.\n")
+
+
+def latent_names(numbers):
+    """The names of the latents of these numbers."""
+    return [f"z{i}" for i in numbers]
+
+
 # ---- Pictures ----
+
+def draw_matrix(ax, matrix, rows, columns):
+    """A matrix of numbers in [0, 1], written and coloured, with names of rows and columns."""
+    ax.imshow(matrix, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")  # pale, for black digits
+    for (i, j), value in np.ndenumerate(matrix):
+        ax.text(j, i, f"{value:.2f}", ha="center", va="center")
+    ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    ax.set_yticks(range(len(rows)), rows)
+
 
 def draw_latents(r):
     """Histograms of samples of the 40 most informative latents at most, coloured by the factor
@@ -683,11 +914,67 @@ def draw_information(r):
     share = np.array(r["mi_over_h"], float)
     names = list(r["per_factor"])
     figure, [ax] = idiff.panels(1, (1.6 + 0.9 * len(names), 4.5))
-    ax.imshow(share, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")   # pale, for black digits
-    for (i, j), value in np.ndenumerate(share):
-        ax.text(j, i, f"{value:.2f}", ha="center", va="center")
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    ax.set(yticks=range(len(share)), ylabel="latent", title="mutual information / entropy")
+    draw_matrix(ax, share, range(len(share)), names)
+    ax.set(ylabel="latent", title="mutual information / entropy")
+    return figure
+
+
+def draw_latents_by_u(r):
+    """Samples of 40 latents at most, by the index of u, or where more than 50 are different by the
+    column of u that each latent follows most."""
+    arrays = r["arrays"]
+    number = arrays["number"]
+    shown = arrays["samples"].T[:40]
+    figure, axes = idiff.panels(len(shown), (6, 2))
+    for i, (z, ax) in enumerate(zip(shown, axes)):
+        x = number
+        name = "index of u"
+        if r["prior"]["different_u"] > 50:
+            j = correlation(z[:, None], arrays["u"]).argmax()
+            x = arrays["u"][:, j]
+            name = f"column {j} of u, standardised"
+        ax.scatter(x, z, 4, number, cmap="turbo")
+        ax.set(xlabel=name, ylabel=f"z{i}")
+    figure.suptitle("samples of each latent, by u")
+    return figure
+
+
+def draw_told(r):
+    """What each latent, and all together, tell of u, as bars."""
+    told = r["prior"]["information"]
+    figure, [ax] = idiff.panels(1, (3 + 0.4 * len(told), 3.5))
+    ax.bar([*latent_names(range(len(told) - 1)), "all"], told, yerr=r["prior"]["error"], capsize=3)
+    ax.axhline(r["prior"]["at_most"], color="black", linestyle=":")
+    ax.set(ylabel="nats", title="what latents tell of u;\ndotted: all there is to tell")
+    return figure
+
+
+def draw_fit(r):
+    """40 latents at most in units of p(z|u), beside the normal curve that they are to follow."""
+    fit = r["arrays"]["fit"][:, :40]
+    figure, axes = idiff.panels(fit.shape[1])
+    w = np.linspace(-5, 5, 101)
+    for i, ax in enumerate(axes):
+        ax.hist(fit[:, i].clip(-5, 5), w[::4], density=True)
+        ax.plot(w, np.exp(-w**2 / 2) / np.sqrt(2 * np.pi), "k")
+        ax.set(yticks=[], xlabel=f"z{i}: mean {fit[:, i].mean():.2f}, std {fit[:, i].std():.2f}")
+    figure.suptitle("(z - mean) / std by p(z|u), and the normal curve")
+    return figure
+
+
+def draw_agreement(a):
+    """|rho| of the latents of the first run and of each other, in the order of their match."""
+    first, *others = a["files"]
+    n = len(a["per_latent"])
+    figure, axes = idiff.panels(len(others), (3 + 0.7 * n, 1.8 + 0.4 * n))
+    for name, pair, ax in zip(others, a["pairs"], axes):
+        rho = np.array(pair["rho"])
+        i, j = pair["matched"]
+        rows = [*i, *np.delete(np.arange(n), i)]
+        columns = [*j, *np.delete(np.arange(rho.shape[1]), j)]
+        draw_matrix(ax, rho[rows][:, columns], latent_names(rows), latent_names(columns))
+        ax.set(ylabel=first, xlabel=name,
+               title=f"|rank correlation| of latents: agreement {pair['agreement']:.2f}")
     return figure
 
 
@@ -762,12 +1049,18 @@ def start(args):
             print(f"metrics.json and pictures are in {folder}")
 
     if many:
-        text = format_tables(results)
-        print(text)
+        found = agreements(results)
+        text = format_tables(results) + "".join(map(format_agreement, found))
+        print(text or "nothing to compare: agreement needs two checkpoints of one data set.")
         parents = [path.resolve().parent for path in args.paths]
         folder = args.out or Path(os.path.commonpath(parents))
         idiff.try_folder(folder)
         (folder / "tables.md").write_text(text, "utf-8", "replace")
+        for k, each in enumerate(found):
+            name = f"agreement-{k + 1}" if k else "agreement"
+            (folder / f"{name}.json").write_text(json.dumps(each, indent=1) + "\n", "utf-8")
+            with drawing(folder / f"{name}.png") as picture:
+                draw_agreement(each).savefig(picture, dpi=150)
     return results
 
 

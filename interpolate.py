@@ -10,7 +10,6 @@ and between return images with labels, (images, rows, columns), for idiff.save_g
 """
 import argparse
 import io
-import math
 import os
 import warnings
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 import idiff
-from evaluate import as_arrays, entropies, match, mutual_information
+from evaluate import as_arrays, entropies, information, match, mutual_information
 from idiff import drawing, progress
 
 
@@ -68,17 +67,6 @@ def read_image(name, data):
     return image if channels == 3 else image.mean(dim=0, keepdim=True)
 
 
-def information(z, p):
-    """How much each latent tells of u, (D,) in nats: a lower bound on I(z_i; u), log N at most.
-
-    As in contrast_loss, but a latent at a time. z: (N, D), or (N, D, L) categories; p: p(z|u).
-    """
-    log_p = p.log_prob(z[:, None])                             # (N, N, D)
-    own = log_p.diagonal().mT                                  # (N, D)
-    any_u = log_p.logsumexp(dim=1) - math.log(len(z))          # (N, D)
-    return (own - any_u).mean(dim=0)
-
-
 @torch.no_grad()
 def survey(model, data, seed=0):
     """2,000 seeded rows (N,), their codes (N, D), and {latent: its name} in the factors' order.
@@ -97,8 +85,8 @@ def survey(model, data, seed=0):
         if model.cfg.u == "own" and data.u.shape[1] == model.cfg.n_u:
             part = rows[:1000]
             q = model.encoder(data.images(part))
-            told = information(q.mean, model.prior(data.u[part]))
-            order = told.argsort(descending=True).tolist()
+            told, _ = information(q.mean, model.prior(data.u[part]))
+            order = told[:-1].argsort(descending=True).tolist()
         return rows, codes, {i: f"z{i}" for i in order}
 
     # the latents that match a factor, in the factors' order, then all others

@@ -798,8 +798,7 @@ def finish(model, data, out):
 
     print("Next:")
     for script in ("evaluate", "interpolate"):
-        if script == "interpolate" or data.factor_names:   # metrics need factors
-            print(" ", command(script, f"{out}/ckpt.pt"))
+        print(" ", command(script, f"{out}/ckpt.pt"))
     return result
 
 

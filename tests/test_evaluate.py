@@ -261,7 +261,8 @@ def test_out_takes_the_report_of_one_path_and_the_tables_of_many(runs, tmp_path)
     assert (tmp_path / "one" / "metrics.json").exists() and (tmp_path / "one/latents.png").exists()
     assert sorted(runs[0].parent.iterdir()) == before[runs[0]]
     evaluate.main([*map(str, runs[:2]), "--n", "60", "--no-dci", "--out", str(tmp_path / "many")])
-    assert [path.name for path in (tmp_path / "many").iterdir()] == ["tables.md"]
+    assert {path.name for path in (tmp_path / "many").iterdir()} == {
+        "tables.md", "agreement.json", "agreement.png"}
     assert runs[0].with_name("metrics.json").exists()
 
 
@@ -536,9 +537,3 @@ def test_other_data_than_trained_on_are_told_in_a_line_and_never_share_a_column(
     evaluate.main([str(first), str(path.with_name("metrics.json"))])
     text = capsys.readouterr().out
     assert text.count("Table 2") == 2 and "n = 2" not in text
-
-
-def test_data_without_factors_are_told_what_they_cannot_have(runs, tmp_path):
-    np.savez(tmp_path / "a.npz", images=np.zeros((9, 16, 16), np.uint8))
-    with pytest.raises(SystemExit, match="MIG, MCC, DCI and modularity need factors"):
-        evaluate.main([str(runs[0]), "--data", str(tmp_path / "a.npz")])

@@ -4,7 +4,6 @@
     python -m pytest tests/test_interpolate.py
     python -m pytest tests/test_interpolate.py -k swap
 """
-import math
 import subprocess
 import sys
 import warnings
@@ -364,14 +363,3 @@ def test_pictures_without_one_meaning_are_refused(tiny_npz, tmp_path):
     for name in ("a.tiff", "a.gif"):
         with pytest.raises(ValueError, match=f"{name}.*PNG"):
             interpolate.read_image(str(tmp_path / name), data)
-
-
-def test_information_is_that_of_gaussians():
-    """Latent 0 takes its sign from u, latent 1 its scale, latent 2 nothing."""
-    u = torch.arange(1000) % 2 * 2.0 - 1
-    eps = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
-    mean = torch.stack([10 * u, 0 * u, 0 * u], dim=1)
-    std = torch.stack([u**2, (2 * u).exp(), u**2], dim=1)
-    told = interpolate.information(mean + std * eps, torch.distributions.Normal(mean, std))
-    assert told[0] == pytest.approx(math.log(2), abs=1e-3) and told[2].abs() < 1e-5
-    assert 0.2 < told[1] < math.log(2)

@@ -89,17 +89,6 @@ def test_the_commands_that_come_next_work_where_one_is(tiny_npz, tmp_path):
     assert (tmp_path / command[2]).is_file()
 
 
-def test_no_command_is_advised_that_must_fail(tmp_path, capsys):
-    """Without factors there are no metrics."""
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "a.npz", images=rng.integers(0, 255, (80, 16, 16), np.uint8),
-             u=rng.normal(size=80))
-    train.main([*TINY, "--data", str(tmp_path / "a.npz"), "--model", "ivae", "--steps", "1",
-                "--out", str(tmp_path / "run")])
-    shown = capsys.readouterr().out
-    assert "interpolate.py" in shown and "evaluate.py" not in shown
-
-
 def test_the_message_of_a_diverged_run_names_a_checkpoint_only_if_there_is_one(tiny_npz, tmp_path):
     with pytest.raises(SystemExit) as end:
         train.main([*TINY, "--data", tiny_npz, "--lr", "1e12", "--steps", "50",
