@@ -17,7 +17,6 @@ import json
 import math
 import os
 import warnings
-from collections import defaultdict
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import combinations
@@ -25,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from torch.distributions import Categorical
 from torch.nn import functional as F
 
 import idiff
@@ -430,9 +431,10 @@ def read_codes(path):
 
 @lru_cache
 def train_reader(data, seed, steps=600):
-    """A function images -> values (B, K) of the factors that vary, and its test accuracy (K,).
+    """A classifier: its network, a function images -> values (B, K) of the factors that vary, and
+    whether it is right on images that it was not trained on, (B, K) bool.
 
-    A classifier like Encoder, trained on images of data with faint noise and tested on others.
+    It is like Encoder, and trained on images of data with faint noise.
     """
     torch.manual_seed(seed)
     k = len(data.varied)
@@ -465,7 +467,7 @@ def train_reader(data, seed, steps=600):
     # on images that it was not trained on
     test = rows[:n_test]
     right = read(data.images(test)) == data.factors(test)[:, data.varied]
-    return read, right.float().mean(0)
+    return net, read, right
 
 
 def laplacian(x):
@@ -475,16 +477,21 @@ def laplacian(x):
     return squares(F.conv2d(channels, kernel[None, None]).view(len(x), -1))
 
 
-def nearest_error(images, data, rows):
-    """Least squared error (B,) to any image of the data near the rows (B,) that images are to show.
+def nearest_error(images, data, y):
+    """Least squared error (B,) to any image of the data near those with the values y (B, K).
 
     Near are 480 rows, in 3D Shapes those of all geometries in the same hues: an image of another
     geometry than asked for is not punished, a blurred or a grainy one is.
     """
     errors = []
-    for image, row in zip(images, rows.tolist()):
-        first = row - row % 480
-        block = torch.arange(first, min(first + 480, len(data)), device=rows.device)
+    for image, place in zip(images, (y * data.strides[data.varied]).sum(dim=1)):
+        # on a grid with gaps, the place among the combinations that exist, in their order
+        if data.table is not None:
+            place = torch.searchsorted(data.numbers, place).clamp(max=len(data) - 1)
+        first = place.item() // 480 * 480
+        block = torch.arange(first, min(first + 480, len(data)), device=data.device)
+        if data.table is not None:
+            block = data.order[block]
         errors.append(squares(data.images(block) - image).min())
     return torch.stack(errors)
 
@@ -494,63 +501,172 @@ def squares(x):
     return x.square().flatten(1).mean(dim=1)
 
 
-def draw_images(model, z, start):
-    """{network: images (n B, C, H, W)} of codes z (n, B, D), all from one start (B, C, H, W)."""
-    every = z.flatten(0, 1)
-    images = {"decoder": model.decode(every).clamp(-1, 1)}
-    if model.unet is not None:
-        images["diffusion"] = model.sample(every, start.repeat(len(z), 1, 1, 1))
-    return images
+def occurring(y, sizes):
+    """The shares of all values, and of all pairs of values of two factors, that y (N, K) holds."""
+    value = np.hstack([np.eye(v)[column] for v, column in zip(sizes, y.T)])    # (N, sum of V)
+    met = value.T @ value > 0
+    n_values = met.trace()
+    n_pairs = met.sum() - n_values
+    possible = sum(sizes)**2 - np.square(sizes).sum()
+    return n_values / sum(sizes), n_pairs / max(possible, 1)
+
+
+def looks(x, y, data):
+    """How images x (B, C, H, W) look that show the values y (B, K), {name: number}."""
+    nearest = nearest_error(x, data, y)
+    values, pairs = occurring(y.cpu().numpy(), data.sizes[data.varied].tolist())
+    return {"nearest, median": nearest.median(), "nearest, 90 %": nearest.quantile(0.9),
+            "Laplacian": laplacian(x).mean(), "values": values, "pairs": pairs}
+
+
+def features(net, x):
+    """What the last linear layer of a network sees of images x (B, C, H, W), (B, F)."""
+    *_, last = (layer for layer in net.modules() if isinstance(layer, nn.Linear))
+    seen = []
+    hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for part in x.split(500):
+        net(part)
+    hook.remove()
+    return torch.cat(seen).double()
+
+
+def frechet(a, b):
+    """Frechet distance of Gaussians with the means and covariances of features (N, F) and (M, F).
+
+    It is FID's formula, but not FID, whose features are another network's. Source: Heusel 2017.
+    """
+    gap = a.mean(dim=0) - b.mean(dim=0)
+    a, b = ((each - each.mean(dim=0)) / (len(each) - 1)**0.5 for each in (a, b))
+    # the trace of the root of the product of the covariances a'a and b'b
+    shared = torch.linalg.svdvals(a @ b.T).sum()
+    return gap.square().sum() + a.square().sum() + b.square().sum() - 2 * shared
+
+
+def chances_given_u(data, log_scale, centre):
+    """How likely each value is in a modulated draw from a full grid, a Categorical over (B, K, V).
+
+    log_scale, centre: (B, K), of the factors that vary.
+    """
+    distance = (data.grid[data.varied] - centre[:, :, None]) / log_scale.exp()[:, :, None]
+    return Categorical(logits=-0.5 * distance.square(), validate_args=False)
+
+
+def codes_of_values(wanted, codes, values):
+    """The median code (n,) of rows with the values wanted; between two values, between their codes.
+
+    codes, values: (N,), a latent and a factor of the same rows.
+    """
+    found = np.unique(values)
+    medians = [np.median(codes[values == value]) for value in found]
+    return np.interp(wanted, found, medians)
+
+
+def recombined(codes, y, n, seed):
+    """Codes of new combinations, {kind: (n, D)}, and the values (n, K) that they are to show.
+
+    codes: (N, D); y: (N, K), their factors. Shuffled: each latent is that of another row. Set: each
+    that matches a factor is at the median code of the rows with that row's value. A factor that no
+    latent matches has -1.
+    """
+    index = np.random.default_rng(seed).integers(len(codes), size=(n, codes.shape[1]))
+    shuffled = np.take_along_axis(codes, index, axis=0)
+    medians = shuffled.copy()
+    wanted = np.full((n, y.shape[1]), -1)
+    pairs = zip(*match(mutual_information(codes, y))) if y.size else ()
+    for i, k in pairs:
+        wanted[:, k] = y[index[:, i], k]
+        medians[:, i] = codes_of_values(wanted[:, k], codes[:, i], y[:, k])
+    return {"shuffled": shuffled, "set": medians}, wanted
+
+
+def draw_images(model, z, seed):
+    """{network: images (N, C, H, W)} of codes z (N, D); image k has the start noise of seed + k."""
+    images = {"decoder": model.decode(z).clamp(-1, 1)}
+    if model.unet is None:
+        return images
+    parts = []
+    for ids in progress(torch.arange(len(z)).split(10), "generating, 10 images each"):
+        seeds = (seed + ids).tolist()
+        start = idiff.seeded_noise(seeds, images["decoder"].shape[1:], z.device)()
+        parts.append(model.sample(z[ids], start))
+    return {**images, "diffusion": torch.cat(parts)}
+
+
+def shares(hits, names):
+    """{name: share of hits}, of each factor and of all at once; hits: (B, K) bool."""
+    hits = hits.double()
+    return dict(zip(names, [*hits.mean(dim=0), hits.amin(dim=1).mean()]))
 
 
 def generation(model, data, rows, codes, n, seed):
-    """How well images made of the first n codes (N, D) of rows (N,) show their factors, a dict.
+    """How good new images are: n, and {table's title: {row's name: {column's name: number}}}.
 
-    Shares (K,) of factors that a classifier reads right, and errors of pixels. Edited: the latent
-    that matches factor k is the next image's, the noise stays.
+    codes: (N, D), those of rows (N,). n images each are drawn of codes as they are (redrawn),
+    recombined (shuffled, set) and of p(z|u); beside them stand real ones that are drawn alike.
+    Frechet is the distance from other real ones. Without factors no values can be read.
     """
-    read, limit = train_reader(data, seed)
-    y = data.factors(rows)[:, data.varied]                     # (N, K)
-    pairs = zip(*match(mutual_information(codes, y)))
-    y = y[:n]
-    y_next = y.roll(-1, 0)
+    cfg = model.cfg
+    n = min(n, len(rows))
+    y = data.factors(rows)[:, data.varied].cpu()               # (N, K)
+    recombinations, wanted = recombined(codes, y.numpy(), n, seed)
+    wanted = {"redrawn": y[:n], **dict.fromkeys(recombinations, torch.from_numpy(wanted))}
+    kinds = {"redrawn": codes[:n], **recombinations}
+    kinds = {kind: torch.from_numpy(z).float().to(data.device) for kind, z in kinds.items()}
 
-    # codes as they are, then those with one factor's latent of the next image
-    z = torch.from_numpy(codes[:len(y)]).float().to(y.device)
-    z = z.repeat(1 + y.shape[1], 1, 1)                         # (1 + K, N, D)
-    for i, k in pairs:
-        z[1 + k, :, i] = z[0, :, i].roll(-1)
+    # z of p(z|u), unless the data are not the model's
+    generator = torch.Generator(data.device).manual_seed(seed)
+    torch.manual_seed(seed)
+    others = torch.randint(len(data), (n,), generator=generator, device=data.device)
+    drawn, u = data.draw(2 * n, generator, cfg.u, cfg.u_scale)
+    if u.shape[1] == cfg.u_dim:
+        kinds["p(z|u)"] = model.sample_prior(u[:n])
 
-    found = defaultdict(list, classifier=[limit[None]])
-    batches = torch.arange(len(y)).split(10)
-    for ids in progress(batches, "generating, 10 images each"):
-        x = data.images(rows[ids])
-        start = idiff.seeded_noise([seed + i for i in ids.tolist()], x.shape[1:], x.device)()
-        images = draw_images(model, z[:, ids], start)
-        found["image laplacian"].append(laplacian(x))
+    # a classifier reads values; a u that training makes tells how likely each is
+    names = [*(data.factor_names[k] for k in data.varied), "all at once"]
+    net, read, chances = model.encoder, None, None
+    right, log_p, quality = {}, {}, {}
+    if len(data.varied):
+        net, read, hits = train_reader(data, seed)
+        right["classifier"] = shares(hits, names)
+        if cfg.u != "own":
+            chances = chances_given_u(data, **cfg.kind_of_u.unpack(u[:n]))
+            log_p["expectation"] = dict(zip(names, -chances.entropy().mean(dim=0)))
 
-        # how sharp images of the codes as they are look, and what all of them show
-        for network, image in images.items():
-            plain = image[:len(x)]
-            found[f"{network} error"].append(squares(plain - x))
-            found[f"{network} laplacian"].append(laplacian(plain))
-            found[f"{network} nearest"].append(nearest_error(plain, data, rows[ids]))
+    for kind, z in kinds.items():
+        of_u = kind == "p(z|u)"
+        alike, reference = drawn.split(n) if of_u else (rows[:n], others)
+        x = data.images(alike)
+        reference = features(net, data.images(reference))
+        made = draw_images(model, z, seed)
+        images = {f"{network}, {kind}": image for network, image in made.items()}
+        images["real, of u" if of_u else "real"] = x
+        for name, image in images.items():
+            if name in quality:                                # the same real ones
+                continue
+            error = squares(image - x).mean() if kind == "redrawn" else None
+            quality[name] = {"Frechet": frechet(features(net, image), reference), "error": error}
+            if read is None:
+                continue
+            seen = read(image)                                 # (n, K)
+            quality[name].update(looks(image, seen, data))
+            if not of_u:
+                right[name] = shares(seen.cpu() == wanted[kind], names)
+            elif chances is not None:
+                log_p[name] = dict(zip(names, chances.log_prob(seen).mean(dim=0)))
+    return {"n": n, "read as asked": right, "log P(value|u), nats": log_p, "images": quality}
 
-            seen = read(image).view(len(z), len(x), -1)        # (1 + K, B, K)
-            edited = (seen == y_next[ids])[1:]
-            found[network].append((seen[0] == y[ids]).float())
-            found[f"{network}, edited"].append(edited.diagonal(dim1=0, dim2=2).float())
 
-    # means over images: a row for the shares of each kind, one number for pixels
-    names = [*(data.factor_names[k] for k in data.varied), "mean"]
-    shares, pixels = {}, {}
-    for name, parts in found.items():
-        mean = torch.cat(parts).mean(dim=0)
-        if mean.dim():
-            shares[name] = dict(zip(names, [*mean, mean.mean()]))
-        else:
-            pixels[name] = mean
-    return {"n": len(y), "accuracy": shares, "pixels": pixels}
+def format_generation(made):
+    """The tables of generation, for people."""
+    text = ""
+    for title, rows in made.items():
+        if title != "n" and rows:
+            lines = [[f"{title}, n = {made['n']}", *[*rows.values()][-1]]]
+            for name, row in rows.items():
+                texts = ["-" if value is None else f"{value:#.3g}" for value in row.values()]
+                lines.append([name, *texts])
+            text += idiff.table(zip(*lines)) + "\n"
+    return text
 
 
 # ---- The report ----
@@ -564,20 +680,16 @@ def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name
 
     n: how many random images to encode, and how many that training never saw; n_bins: of latents,
     and of factors that are numbers; trees: whether to fit DCI's, which takes most of the time;
-    generate: how many images to generate and judge, ValueError without factors; name: what the
-    report calls the model.
+    generate: how many images to generate and judge; name: what the report calls the model.
     """
     check_counts(n, generate, n_bins)
     cfg = model.cfg
-    if generate and not len(data.varied):
-        raise ValueError(f"'{name}': --generate needs factors of 2 to 1,000 values, and "
-                         f"{data.name} has none. Pass others by --data.")
 
-    # random images, for what needs factors
+    # random images, for what needs factors and for new images
     n = min(n, len(data))
     generator = torch.Generator(data.device).manual_seed(seed)
     rows = torch.randperm(len(data), generator=generator, device=data.device)
-    rows = rows[:n if data.factor_names else 0]
+    rows = rows[:n if data.factor_names or generate else 0]
 
     # images for what needs u: modulated draws, or those that training never saw
     modulated = cfg.u != "own" and len(data.varied) > 0
@@ -741,14 +853,8 @@ def format_report(r):
     if "prior" in r:
         text += format_prior(r["prior"])
 
-    # images made of codes, as a classifier reads them
     if "generation" in r:
-        made = r["generation"]
-        rows = [[f"read right, n = {made['n']}", *made["accuracy"]["classifier"]]]
-        for name, row in made["accuracy"].items():
-            rows.append([name, *row.values()])
-        pixels = [f"{name} {value:.2g}" for name, value in made["pixels"].items()]
-        text += f"{idiff.table(zip(*rows))}\n{', '.join(pixels)}\n\n"
+        text += format_generation(r["generation"])
     widths = " ".join(f"{std:.3f}" for std in r["latent_std"])
     return text + f"{r['n_active']} active latents, std: {widths}"
 

@@ -12,7 +12,7 @@ VP-SDE diffusion U-Net, both conditioned on z, turn latents back into images. Re
     ScoreUNet                   a bare network, modulated by t and z
     VPSDE, SAMPLERS, invert     the diffusion process of Song et al. 2021 and its solvers
     PREDICTIONS                 what the U-Net's output means, and its loss (Eq. 3)
-    IDiff                       the model: terms of Eq. 2, their weights; encode, decode, sample
+    IDiff                       the model: terms of Eq. 2; encode, decode, sample, generate
     open_checkpoint             from a file to a model and its data
     U_KINDS, Data, load_data    the auxiliary variable, the draw of rows, and files
     script, save_grid           what the scripts share: errors in one line, bars, tables, pictures
@@ -1029,6 +1029,13 @@ class IDiff(nn.Module):
             raise ValueError(f"z must be (B, {self.cfg.latent_dim}), got {tuple(z.shape)}.")
         return self.decoder(self.embed(z))
 
+    def sample_prior(self, u):
+        """z (B, D) drawn from p(z|u) of u (B, U); of categories the indices."""
+        if u.shape[1:] != (self.cfg.u_dim,):
+            raise ValueError(f"u must be (B, {self.cfg.u_dim}), got {tuple(u.shape)}.")
+        z = self.prior(u).sample()                             # (B, D) or (B, D, L)
+        return z.argmax(dim=2).to(u) if z.dim() == 3 else z
+
     def eps_fn(self, z):
         """The noise estimate eps_fn(x, t) given latents z (B, D), for samplers and invert."""
         if self.unet is None:
@@ -1066,6 +1073,17 @@ class IDiff(nn.Module):
         # the samplers end at t = 1e-3, where 1 % of noise is left
         eps_hat = eps_fn(x, ts[-1].expand(len(x)))
         return x0_from_eps(x, eps_hat, ts[-1], self.sde).clamp(-1, 1)
+
+    @torch.no_grad()
+    def generate(self, u, start, steps=20, sampler="dpmpp", noise=None):
+        """New images (B, C, H, W) in [-1, 1] of u (B, U): z is drawn from p(z|u), then see sample.
+
+        Without a U-Net the decoder draws them, and what follows u is not used.
+        """
+        z = self.sample_prior(u)
+        if self.unet is None:
+            return self.decode(z).clamp(-1, 1)
+        return self.sample(z, start, steps, sampler, noise)
 
 
 # ---- Checkpoints and devices ----
@@ -1223,15 +1241,20 @@ class ScalesU:
         m = 2 * of_m - 1 if self.tells_centres else torch.zeros_like(of_m)
         rows = data.modulate(log_s.exp(), m, generator)
 
-        # u tells of the factors that vary
-        told = [1 - 2 * log_s / math.log(self.u_scale)]
-        if self.tells_centres:
-            told.append(m)
-        return rows, torch.cat([each[:, data.varied] for each in told], dim=1)
+        return rows, self.pack(log_s[:, data.varied], m[:, data.varied])
 
     def draw_held_out(self, data, n, generator):
         """The same, of rows that training never sees, where a kind of u keeps some."""
         return self.draw(data, n, generator)
+
+    def pack(self, log_scale, centre):
+        """u (B, U) of log-scales, in [log u_scale, 0], and centres, (B, K) each.
+
+        K: the factors that vary, in the order of data.varied. So pack(**told) is u again, if told
+        is what unpack gives, with a centre changed or not.
+        """
+        scales = 1 - 2 * log_scale / math.log(self.u_scale)
+        return torch.cat([scales, centre], dim=1) if self.tells_centres else scales
 
     def unpack(self, u):
         """{"log_scale": log s, "centre": m}, (B, K) each, of u (B, U)."""

@@ -2,11 +2,12 @@
 """What each latent does: traversals, edits, interpolations, samples: labelled PNG grids, a GIF.
 
     python interpolate.py runs/NAME/ckpt.pt
+    python interpolate.py runs/NAME/ckpt.pt --sample 10 --set scale=3 "object hue"=0.5
     python interpolate.py runs/NAME/ckpt.pt --swap 12 photo.png --latents scale "object hue"
 
 IMAGE, A and B are row numbers of the data or paths of pictures. Their latents are the encoder's
-means, and diffusion keeps their noise, which the ODE run backwards finds. In Python: traverse, swap
-and between return images with labels, (images, rows, columns), for idiff.save_grid.
+means, and diffusion keeps their noise, which the ODE run backwards finds. In Python: sample,
+traverse, swap and between return images with labels, (images, rows, columns), for idiff.save_grid.
 """
 import argparse
 import io
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 
 import idiff
-from evaluate import as_arrays, entropies, information, match, mutual_information
+from evaluate import (as_arrays, codes_of_values, entropies, information, match,
+                      mutual_information)
 from idiff import drawing, progress
 
 
@@ -27,6 +29,14 @@ def build_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=idiff.user_path, help="ckpt.pt of a run of train.py")
+    add("--sample", type=int, metavar="N", help="draw N new images, beside real ones")
+    add("--from", dest="how", choices=("shuffled", "u"), help="what new images are made from: "
+        "latents, each of another image (shuffled, the default), or z drawn from p(z|u)")
+    add("--like", type=int, metavar="ROW", help="draw new images from the data's own u of this row")
+    add("--set", nargs="+", type=assignment, metavar="NAME=VALUE",
+        help="give new images, or --image, these values of factors, as they stand in the data")
+    add("--save-images", action="store_true", help="write all new images, as PNGs into the folder "
+        "sample, and with their z and u into sample.npz")
     add("--image", nargs=1, metavar="IMAGE", help="redraw and traverse this image")
     add("--swap", nargs=2, metavar=("A", "B"), help="put latents of image B into image A")
     add("--between", nargs=2, metavar=("A", "B"), help="interpolate: z linearly, noise on a sphere")
@@ -42,6 +52,12 @@ def build_parser():
     add("--out", type=idiff.user_path, help="folder of the pictures (default: the checkpoint's)")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     return parser
+
+
+def assignment(text):
+    """(name, number) of a text such as scale=3; ValueError if it is none."""
+    name, _, value = text.rpartition("=")
+    return name, float(value)
 
 
 # ---- Images, latents and their names ----
@@ -121,6 +137,30 @@ def choose(wanted, names):
             raise ValueError(f"no latent is '{name}'. There are: {', '.join(names.values())}.")
         chosen[known[str(name)]] = names[known[str(name)]]
     return chosen
+
+
+def with_values(z, values, data, known):
+    """(z (n, D), rows): factors set to values, and the surveyed rows that come nearest to these.
+
+    A latent that matches a factor gets the median code of the rows that have its value; between two
+    values, between their codes. values: {factor, or its latent: value, as in data.values}.
+    ValueError for a latent without a factor, or a value that is out of its range.
+    """
+    rows, codes, names = known
+    z = z.clone()
+    miss = np.zeros(len(rows))
+    for name, value in values.items():
+        [(i, label)] = choose([name], names).items()
+        factor = label.split(" · ")[-1]
+        if factor not in data.factor_names:
+            raise ValueError(f"'{label}' matches no factor, so none of its codes has a value.")
+        k = data.factor_names.index(factor)
+        seen = data.values[k][data.factors(rows)[:, k].cpu()]
+        if not seen.min() <= value <= seen.max():
+            raise ValueError(f"{factor} goes from {seen.min()} to {seen.max()}, got {value}.")
+        z[:, i] = float(codes_of_values(value, codes[:, i].cpu().numpy(), seen))
+        miss += abs(seen - value)
+    return z, rows[torch.from_numpy(miss == miss.min()).to(rows.device)]
 
 
 # ---- From latents to images ----
@@ -223,10 +263,18 @@ def beside(pictures, x, titles):
     return torch.cat(images), list(pictures), titles
 
 
-def redraw(model, data, image, steps=50, sampler="dpmpp"):
-    """(images, rows, columns): an image, see read_image, and as each network redraws it."""
+def redraw(model, data, image, values=None, steps=50, sampler="dpmpp", known=None):
+    """(images, rows, columns): an image, see read_image, and as each network redraws it.
+
+    values: see with_values; given these, a last column has them.
+    """
     x, z, noise = invert(model, data, [image], steps)
-    return beside(render(model, z, noise, steps, sampler, keeps_noise=True), x, ["redrawn"])
+    titles = ["redrawn"]
+    if values:
+        edited, _ = with_values(z, values, data, known or survey(model, data))
+        z = torch.cat([z, edited])
+        titles.append("\n".join(f"{name} = {value:g}" for name, value in values.items()))
+    return beside(render(model, z, noise, steps, sampler, keeps_noise=True), x, titles)
 
 
 def swap(model, data, a, b, latents=None, steps=50, sampler="dpmpp", seed=0, known=None):
@@ -260,6 +308,76 @@ def between(model, data, a, b, columns=10, steps=50, sampler="dpmpp"):
     noise = slerp(noise[:1], noise[1:], w)
     pictures = render(model, z, noise, steps, sampler, keeps_noise=True)
     return beside(pictures, x, [f"{share:.2f}" for share in w])
+
+
+def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0, known=None):
+    """z (n, D) of n new images, their u (n, U) or None, and rows (n,) of real images drawn alike.
+
+    how: "shuffled", each latent of z is another image's; or "u", z is drawn from p(z|u), u as in
+    training; like: row of the data whose own u all have; values: see with_values. ValueError if
+    something cannot be.
+    """
+    generator = torch.Generator(data.device).manual_seed(seed)
+    torch.manual_seed(seed)
+    known = known or survey(model, data, seed)
+    rows, codes, _ = known
+    u = None
+    if like is not None:
+        if model.cfg.u != "own" or not like < len(data):
+            raise ValueError(f"--like needs a u of the data's own, and a row below {len(data)}: "
+                             f"this u is '{model.cfg.u}', got row {like}.")
+        rows = (data.u == data.u[like]).all(dim=1).nonzero().flatten()
+        u = data.u[like].expand(n, -1)
+    elif how == "u":
+        rows, u = data.draw(n, generator, model.cfg.u, model.cfg.u_scale)
+
+    if u is not None:
+        z = model.sample_prior(u)
+    else:
+        shape = n, codes.shape[1]
+        index = torch.randint(len(codes), shape, generator=generator, device=data.device)
+        z = codes.gather(0, index)
+    if values:
+        z, rows = with_values(z, values, data, known)
+    chosen = torch.randint(len(rows), (n,), generator=generator, device=data.device)
+    return z, u, rows[chosen]
+
+
+def sample(model, data, n, how="shuffled", like=None, values=None, steps=20, sampler="dpmpp",
+           seed=0, known=None):
+    """(images, rows, columns): n new images by each network, then real ones drawn alike.
+
+    What is new: see draw_codes. Image k has the start noise of seed + k.
+    """
+    z, _, rows = draw_codes(model, data, n, how, like, values, seed, known)
+    start = idiff.seeded_noise(range(seed, seed + n), data.image_shape, data.device)()
+    pictures = render(model, z, start, steps, sampler, seed)
+    pictures["real"] = data.images(rows)
+    return torch.cat(list(pictures.values())), list(pictures), [""] * n
+
+
+def classes(model, data, columns=10, steps=20, sampler="dpmpp", seed=0):
+    """{network: (images, rows, columns)}: for each u a row, of a real image and new ones.
+
+    Nothing unless p(z|u) is of the data's own u, and this is a class: 2 to 20 different ones.
+    """
+    cfg = model.cfg
+    u, which = data.u.unique(dim=0, return_inverse=True)
+    if cfg.model == "vae" or cfg.u != "own" or not 2 <= len(u) <= 20:
+        return {}
+
+    # the first row of each, in the order of one-hot columns
+    rows = torch.stack([(which == k).nonzero()[0, 0] for k in reversed(range(len(u)))])
+    torch.manual_seed(seed)
+    z = model.sample_prior(data.u[rows].repeat_interleave(columns, dim=0))
+    start = idiff.seeded_noise(range(seed, seed + len(z)), data.image_shape, data.device)()
+    real = data.images(rows)[:, None]
+    labels = [f"u of row {row}" for row in rows.tolist()]
+    grids = {}
+    for network, images in render(model, z, start, steps, sampler, seed).items():
+        images = torch.cat([real, images.unflatten(0, (-1, columns))], dim=1)
+        grids[network] = images.flatten(0, 1), labels, ["real", "new", *[""] * (columns - 1)]
+    return grids
 
 
 def true_factors(data, row, columns=10):
@@ -303,12 +421,27 @@ def write_gif(file, grids):
     pages[0].save(file, save_all=True, append_images=pages[1:], duration=120, loop=0)
 
 
+def save_images(out, images, z, u):
+    """Write out/sample.npz with images (N, C, H, W), z and u, and each as a PNG into out/sample."""
+    from PIL import Image
+    pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    told = {} if u is None else {"u": u.cpu().numpy()}
+    np.savez(out / "sample.npz", images=pixels, z=z.cpu().numpy(), **told)
+    idiff.try_folder(out / "sample")
+    for k, image in enumerate(pixels):
+        Image.fromarray(image.squeeze()).save(out / "sample" / f"{k:05}.png")
+
+
 def start(args):
     """Draw what the flags name; returns the paths of the pictures."""
-    for name, least in (("columns", 2), ("steps", 1), ("seed", 0)):
+    for name, least in (("columns", 2), ("steps", 1), ("seed", 0), ("sample", 1), ("like", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}.")
+    if (args.how or args.like is not None or args.save_images) and not args.sample:
+        raise ValueError("--from, --like and --save-images belong to --sample N.")
+    if args.set and not args.sample and not args.image:
+        raise ValueError("--set belongs to --sample N, or to --image.")
 
     idiff.use_free_cores()
     device = idiff.pick_device(args.device)
@@ -321,24 +454,38 @@ def start(args):
     names = choose(args.latents, known[2])
     given = args.image or args.swap or args.between
     how = {"steps": args.steps or (50 if given else 20), "sampler": args.sampler}
-    which = {"latents": args.latents, "seed": args.seed, "known": known}
+    seeded = {"seed": args.seed, "known": known}
+    which = {"latents": args.latents, **seeded}
     print(f"{', '.join(names.values())}; pictures go to {out}", flush=True)
 
-    # edits of given images
+    # new images
     grids = {}
+    values = dict(args.set or {})
+    if args.sample:
+        new = {"n": args.sample, "how": args.how, "like": args.like, "values": values, **seeded}
+        grids["sample"] = sample(model, data, **new, **how)
+        if args.save_images:
+            images, networks, _ = grids["sample"]
+            drawn = images.unflatten(0, (len(networks), -1))[-2]               # the last is real
+            save_images(out, drawn, *draw_codes(model, data, **new)[:2])
+    elif not given:
+        for network, grid in classes(model, data, args.columns, seed=args.seed, **how).items():
+            grids[f"classes_{network}"] = grid
+
+    # edits of given images
     if args.image:
-        grids["image"] = redraw(model, data, *args.image, **how)
+        grids["image"] = redraw(model, data, *args.image, values, **how, known=known)
     if args.swap:
         grids["swap"] = swap(model, data, *args.swap, **how, **which)
     if args.between:
         grids["between"] = between(model, data, *args.between, args.columns, **how)
-    if not given and len(data.varied):
+    if not given and not args.sample and len(data.varied):
         grids["true_factors"] = true_factors(data, known[0][0].item(), args.columns)
 
     # traversals: a grid per network, and a GIF
     traversals = {}
     kind = "image" if args.image else "traversal"
-    if args.image or not given:
+    if args.image or not (given or args.sample):
         [base] = args.image or [None]
         traversals = traverse(model, data, base, columns=args.columns, **how, **which)
     grids.update({f"{kind}_{network}": grid for network, grid in traversals.items()})

@@ -295,16 +295,6 @@ def test_a_report_with_factors_has_what_needs_none_too(tiny_run, capsys):
     assert "discrete MIG" in capsys.readouterr().out
 
 
-def test_generated_images_are_judged_by_factors_only(tmp_path):
-    write_data(tmp_path / "a.npz")
-    path = write_checkpoint(tmp_path / "run", tmp_path / "a.npz")
-    with pytest.raises(SystemExit, match="--generate needs factors"):
-        evaluate.main([str(path), "--generate", "9"])
-
-
-# ---- many checkpoints ----
-
-
 @pytest.mark.usefixtures("pictures")
 def test_checkpoints_of_one_data_set_get_their_agreement(tmp_path, capsys):
     """Of rows that training never saw, by latents that differ in number; other data stay apart."""
