@@ -295,6 +295,9 @@ def test_a_report_with_factors_has_what_needs_none_too(tiny_run, capsys):
     assert "discrete MIG" in capsys.readouterr().out
 
 
+# ---- many checkpoints ----
+
+
 @pytest.mark.usefixtures("pictures")
 def test_checkpoints_of_one_data_set_get_their_agreement(tmp_path, capsys):
     """Of rows that training never saw, by latents that differ in number; other data stay apart."""
