@@ -365,6 +365,16 @@ def test_with_factors_agreement_stands_beside_the_tables(tmp_path):
         assert json.loads((tmp_path / "agreement.json").read_text())["n"] == n
 
 
+def test_one_encoder_agrees_with_itself_whatever_u_it_is_told(tmp_path):
+    """The rows are the same for every kind of u that training makes."""
+    factors = np.stack([np.arange(400) % 5, np.arange(400) % 4], axis=1)
+    write_data(tmp_path / "a.npz", factors=factors)
+    paths = [write_checkpoint(tmp_path / u, tmp_path / "a.npz", u=u, model="vae")
+             for u in ("var", "mean+var")]
+    evaluate.main([*map(str, paths), "--no-dci", "--n", "90"])
+    assert json.loads((tmp_path / "agreement.json").read_text())["least"] == pytest.approx(1)
+
+
 def test_reports_alone_have_no_codes_to_agree(tmp_path, capsys):
     write_data(tmp_path / "a.npz")
     path = write_checkpoint(tmp_path / "run", tmp_path / "a.npz")
