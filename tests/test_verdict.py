@@ -151,6 +151,18 @@ def test_a_u_of_two_directions_moves_no_more_whatever_it_is_mapped_to():
     assert 4 <= moved["rank"] <= 6                                     # units do not matter
 
 
+def test_each_u_is_one_of_the_different_ones():
+    """To rounding; class k of one-hot columns has the number k."""
+    some = torch.tensor([[0, 2, 1], [1, 0, 0], [1, 0, 5.0]])
+    u = some[torch.arange(12) % 3]
+    values, number = evaluate.different(u + 1e-6 * torch.arange(12)[:, None])
+    assert len(values) == 3 and torch.allclose(values[number], u)
+    label = torch.tensor([3, 0, 2, 1, 3])
+    assert evaluate.different(torch.eye(4)[label])[1].tolist() == label.tolist()
+    values, number = evaluate.different(torch.zeros(5, 0))
+    assert values.shape == (1, 0) and number.tolist() == [0] * 5
+
+
 def test_information_of_signs_and_scales():
     """Latent 0 takes its sign from u, latent 1 its scale, latent 2 nothing."""
     u = torch.arange(1000) % 2 * 2.0 - 1
@@ -344,6 +356,16 @@ def test_with_factors_agreement_stands_beside_the_tables(tmp_path):
         text = (tmp_path / "tables.md").read_text()
         assert text.index("Table 3") < text.index("Agreement with")
         assert json.loads((tmp_path / "agreement.json").read_text())["n"] == n
+
+
+def test_one_encoder_agrees_with_itself_whatever_u_it_is_told(tmp_path):
+    """The rows are the same for every kind of u that training makes."""
+    factors = np.stack([np.arange(400) % 5, np.arange(400) % 4], axis=1)
+    write_data(tmp_path / "a.npz", factors=factors)
+    paths = [write_checkpoint(tmp_path / u, tmp_path / "a.npz", u=u, model="vae")
+             for u in ("var", "mean+var")]
+    evaluate.main([*map(str, paths), "--no-dci", "--n", "90"])
+    assert json.loads((tmp_path / "agreement.json").read_text())["least"] == pytest.approx(1)
 
 
 def test_reports_alone_have_no_codes_to_agree(tmp_path, capsys):
