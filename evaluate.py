@@ -485,10 +485,10 @@ def nearest_error(images, data, y):
     """
     errors = []
     for image, place in zip(images, (y * data.strides[data.varied]).sum(dim=1)):
-        # on a grid with gaps, the place among the combinations that exist, in their order
+        # on a grid with gaps, the place among the combinations that exist
         if data.table is not None:
-            place = torch.searchsorted(data.numbers, place).clamp(max=len(data) - 1)
-        first = place.item() // 480 * 480
+            place = torch.searchsorted(data.numbers, place)
+        first = min(place.item(), len(data) - 1) // 480 * 480
         block = torch.arange(first, min(first + 480, len(data)), device=data.device)
         if data.table is not None:
             block = data.order[block]
@@ -531,15 +531,17 @@ def features(net, x):
 
 
 def frechet(a, b):
-    """Frechet distance of Gaussians with the means and covariances of features (N, F) and (M, F).
+    """Frechet distance of Gaussians fitted to features (N, F) and (M, F), as a share of b's variance.
 
-    It is FID's formula, but not FID, whose features are another network's. Source: Heusel 2017.
+    It is FID's formula, but not FID, whose features are another network's. Source: Heusel et al.
+    2017.
     """
     gap = a.mean(dim=0) - b.mean(dim=0)
     a, b = ((each - each.mean(dim=0)) / (len(each) - 1)**0.5 for each in (a, b))
     # the trace of the root of the product of the covariances a'a and b'b
     shared = torch.linalg.svdvals(a @ b.T).sum()
-    return gap.square().sum() + a.square().sum() + b.square().sum() - 2 * shared
+    distance = gap.square().sum() + a.square().sum() + b.square().sum() - 2 * shared
+    return distance / b.square().sum()
 
 
 def chances_given_u(data, log_scale, centre):
@@ -569,27 +571,45 @@ def recombined(codes, y, n, seed):
     latent matches has -1.
     """
     index = np.random.default_rng(seed).integers(len(codes), size=(n, codes.shape[1]))
-    shuffled = np.take_along_axis(codes, index, axis=0)
-    medians = shuffled.copy()
+    kinds = {"shuffled": np.take_along_axis(codes, index, axis=0)}
     wanted = np.full((n, y.shape[1]), -1)
-    pairs = zip(*match(mutual_information(codes, y))) if y.size else ()
-    for i, k in pairs:
-        wanted[:, k] = y[index[:, i], k]
-        medians[:, i] = codes_of_values(wanted[:, k], codes[:, i], y[:, k])
-    return {"shuffled": shuffled, "set": medians}, wanted
+    if y.size:
+        kinds["set"] = kinds["shuffled"].copy()
+        for i, k in zip(*match(mutual_information(codes, y))):
+            wanted[:, k] = y[index[:, i], k]
+            kinds["set"][:, i] = codes_of_values(wanted[:, k], codes[:, i], y[:, k])
+    return kinds, wanted
 
 
-def draw_images(model, z, seed):
-    """{network: images (N, C, H, W)} of codes z (N, D); image k has the start noise of seed + k."""
-    images = {"decoder": model.decode(z).clamp(-1, 1)}
+@torch.no_grad()
+def render(model, z, start, steps=20, sampler="dpmpp", seed=0, keeps_noise=False):
+    """{"decoder": images, "diffusion": images}, (B, C, H, W) each, of z (B, D) and start noise.
+
+    start: one noise for all, or one each; seed: of the noise that a stochastic sampler draws;
+    keeps_noise: diffusion ends where invert began, without the last step of model.sample.
+    """
+    pictures = {"decoder": model.decode(z)}
     if model.unet is None:
-        return images
+        return pictures
+    if keeps_noise and sampler in ("em", "pc"):
+        raise ValueError(f"--sampler {sampler} adds noise and so cannot keep an image's own.")
+
+    # ten at a time
+    ts = idiff.time_grid(steps, model.sde).to(z)
+    start = start.expand(len(z), *start.shape[1:])
+    batches = list(zip(z.split(10), start.split(10)))
     parts = []
-    for ids in progress(torch.arange(len(z)).split(10), "generating, 10 images each"):
-        seeds = (seed + ids).tolist()
-        start = idiff.seeded_noise(seeds, images["decoder"].shape[1:], z.device)()
-        parts.append(model.sample(z[ids], start))
-    return {**images, "diffusion": torch.cat(parts)}
+    for part, begin in progress(batches, "diffusion, 10 images each"):
+        if keeps_noise:
+            solve = idiff.SAMPLERS[sampler]
+            x = solve(model.eps_fn(part), begin, ts, model.sde).clamp(-1, 1)
+        else:
+            seeds = [seed + 1] * len(part)                     # the same for every image
+            noise = idiff.seeded_noise(seeds, begin.shape[1:], begin.device)
+            x = model.sample(part, begin, steps, sampler, noise)
+        parts.append(x)
+    pictures["diffusion"] = torch.cat(parts)
+    return pictures
 
 
 def shares(hits, names):
@@ -616,6 +636,7 @@ def generation(model, data, rows, codes, n, seed):
     # z of p(z|u), unless the data are not the model's
     generator = torch.Generator(data.device).manual_seed(seed)
     torch.manual_seed(seed)
+    start = idiff.seeded_noise(range(seed, seed + n), data.image_shape, data.device)()
     others = torch.randint(len(data), (n,), generator=generator, device=data.device)
     drawn, u = data.draw(2 * n, generator, cfg.u, cfg.u_scale)
     if u.shape[1] == cfg.u_dim:
@@ -623,22 +644,24 @@ def generation(model, data, rows, codes, n, seed):
 
     # a classifier reads values; a u that training makes tells how likely each is
     names = [*(data.factor_names[k] for k in data.varied), "all at once"]
-    net, read, chances = model.encoder, None, None
+    read = chances = None
     right, log_p, quality = {}, {}, {}
-    if len(data.varied):
+    if y.numel():
         net, read, hits = train_reader(data, seed)
         right["classifier"] = shares(hits, names)
-        if cfg.u != "own":
+        if "p(z|u)" in kinds and cfg.u != "own":
             chances = chances_given_u(data, **cfg.kind_of_u.unpack(u[:n]))
             log_p["expectation"] = dict(zip(names, -chances.entropy().mean(dim=0)))
+    else:
+        net = model.encoder
 
     for kind, z in kinds.items():
         of_u = kind == "p(z|u)"
         alike, reference = drawn.split(n) if of_u else (rows[:n], others)
         x = data.images(alike)
         reference = features(net, data.images(reference))
-        made = draw_images(model, z, seed)
-        images = {f"{network}, {kind}": image for network, image in made.items()}
+        made = render(model, z, start, seed=seed)
+        images = {f"{network}, {kind}": image.clamp(-1, 1) for network, image in made.items()}
         images["real, of u" if of_u else "real"] = x
         for name, image in images.items():
             if name in quality:                                # the same real ones

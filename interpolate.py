@@ -20,8 +20,8 @@ import torch
 
 import idiff
 from evaluate import (as_arrays, codes_of_values, entropies, information, match,
-                      mutual_information)
-from idiff import drawing, progress
+                      mutual_information, render)
+from idiff import drawing
 
 
 def build_parser():
@@ -29,14 +29,13 @@ def build_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=idiff.user_path, help="ckpt.pt of a run of train.py")
-    add("--sample", type=int, metavar="N", help="draw N new images, beside real ones")
+    add("--sample", type=int, metavar="N", help="draw N new images, beside real ones; each also "
+        "goes into the folder sample-N, and all with their z and u into sample-N.npz")
     add("--from", dest="how", choices=("shuffled", "u"), help="what new images are made from: "
         "latents, each of another image (shuffled, the default), or z drawn from p(z|u)")
     add("--like", type=int, metavar="ROW", help="draw new images from the data's own u of this row")
     add("--set", nargs="+", type=assignment, metavar="NAME=VALUE",
         help="give new images, or --image, these values of factors, as they stand in the data")
-    add("--save-images", action="store_true", help="write all new images, as PNGs into the folder "
-        "sample, and with their z and u into sample.npz")
     add("--image", nargs=1, metavar="IMAGE", help="redraw and traverse this image")
     add("--swap", nargs=2, metavar=("A", "B"), help="put latents of image B into image A")
     add("--between", nargs=2, metavar=("A", "B"), help="interpolate: z linearly, noise on a sphere")
@@ -177,37 +176,6 @@ def invert(model, data, names, steps):
     return x, z, idiff.invert(model.eps_fn(z), x, ts, model.sde)
 
 
-@torch.no_grad()
-def render(model, z, start, steps, sampler="dpmpp", seed=0, keeps_noise=False):
-    """{"decoder": images, "diffusion": images}, (B, C, H, W) each, of z (B, D) and start noise.
-
-    start: one noise for all, or one each; seed: of the noise that a stochastic sampler draws;
-    keeps_noise: diffusion ends where invert began, without the last step of model.sample.
-    """
-    pictures = {"decoder": model.decode(z)}
-    if model.unet is None:
-        return pictures
-    if keeps_noise and sampler in ("em", "pc"):
-        raise ValueError(f"--sampler {sampler} adds noise and so cannot keep an image's own.")
-
-    # ten at a time
-    ts = idiff.time_grid(steps, model.sde).to(z)
-    start = start.expand(len(z), *start.shape[1:])
-    batches = list(zip(z.split(10), start.split(10)))
-    parts = []
-    for part, begin in progress(batches, "diffusion, 10 images each"):
-        if keeps_noise:
-            solve = idiff.SAMPLERS[sampler]
-            x = solve(model.eps_fn(part), begin, ts, model.sde).clamp(-1, 1)
-        else:
-            seeds = [seed + 1] * len(part)                     # the same for every image
-            noise = idiff.seeded_noise(seeds, begin.shape[1:], begin.device)
-            x = model.sample(part, begin, steps, sampler, noise)
-        parts.append(x)
-    pictures["diffusion"] = torch.cat(parts)
-    return pictures
-
-
 def slerp(a, b, w):
     """Points (S, C, H, W) at shares w (S,) of the way from a to b (1, C, H, W) along the sphere."""
     # shares of the angle between a and b
@@ -263,7 +231,7 @@ def beside(pictures, x, titles):
     return torch.cat(images), list(pictures), titles
 
 
-def redraw(model, data, image, values=None, steps=50, sampler="dpmpp", known=None):
+def redraw(model, data, image, steps=50, sampler="dpmpp", values=None, known=None):
     """(images, rows, columns): an image, see read_image, and as each network redraws it.
 
     values: see with_values; given these, a last column has them.
@@ -356,28 +324,21 @@ def sample(model, data, n, how="shuffled", like=None, values=None, steps=20, sam
     return torch.cat(list(pictures.values())), list(pictures), [""] * n
 
 
-def classes(model, data, columns=10, steps=20, sampler="dpmpp", seed=0):
-    """{network: (images, rows, columns)}: for each u a row, of a real image and new ones.
+def classes(model, data, columns=10, **how):
+    """(images, rows, columns): for each different u a row, a real image and new ones.
 
-    Nothing unless p(z|u) is of the data's own u, and this is a class: 2 to 20 different ones.
+    how: as in sample. Diffusion draws them, or the decoder where it is alone.
     """
-    cfg = model.cfg
-    u, which = data.u.unique(dim=0, return_inverse=True)
-    if cfg.model == "vae" or cfg.u != "own" or not 2 <= len(u) <= 20:
-        return {}
-
-    # the first row of each, in the order of one-hot columns
-    rows = torch.stack([(which == k).nonzero()[0, 0] for k in reversed(range(len(u)))])
-    torch.manual_seed(seed)
-    z = model.sample_prior(data.u[rows].repeat_interleave(columns, dim=0))
-    start = idiff.seeded_noise(range(seed, seed + len(z)), data.image_shape, data.device)()
-    real = data.images(rows)[:, None]
-    labels = [f"u of row {row}" for row in rows.tolist()]
-    grids = {}
-    for network, images in render(model, z, start, steps, sampler, seed).items():
-        images = torch.cat([real, images.unflatten(0, (-1, columns))], dim=1)
-        grids[network] = images.flatten(0, 1), labels, ["real", "new", *[""] * (columns - 1)]
-    return grids
+    # the first row with each u, in the order of one-hot columns
+    _, which = data.u.unique(dim=0, return_inverse=True)
+    rows = [(which == k).nonzero()[0].item() for k in which.unique().flip(0)]
+    images = []
+    for row in rows:
+        made, networks, _ = sample(model, data, columns, like=row, **how)
+        *_, new, real = made.unflatten(0, (len(networks), -1))
+        images += [real[:1], new]
+    titles = ["real", "new", *[""] * (columns - 1)]
+    return torch.cat(images), [f"u of row {row}" for row in rows], titles
 
 
 def true_factors(data, row, columns=10):
@@ -421,15 +382,16 @@ def write_gif(file, grids):
     pages[0].save(file, save_all=True, append_images=pages[1:], duration=120, loop=0)
 
 
-def save_images(out, images, z, u):
-    """Write out/sample.npz with images (N, C, H, W), z and u, and each as a PNG into out/sample."""
+def save_images(folder, images, z, u):
+    """Write images (N, C, H, W) as PNGs into a folder, and with z and u, if any, as its .npz."""
     from PIL import Image
-    pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    told = {} if u is None else {"u": u.cpu().numpy()}
-    np.savez(out / "sample.npz", images=pixels, z=z.cpu().numpy(), **told)
-    idiff.try_folder(out / "sample")
+    pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round().byte()
+    pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    told = {} if u is None else {"u": u.cpu()}
+    np.savez(f"{folder}.npz", images=pixels, z=z.cpu(), **told)
+    idiff.try_folder(folder)
     for k, image in enumerate(pixels):
-        Image.fromarray(image.squeeze()).save(out / "sample" / f"{k:05}.png")
+        Image.fromarray(image.squeeze()).save(folder / f"{k:05}.png")
 
 
 def start(args):
@@ -438,10 +400,9 @@ def start(args):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}.")
-    if (args.how or args.like is not None or args.save_images) and not args.sample:
-        raise ValueError("--from, --like and --save-images belong to --sample N.")
-    if args.set and not args.sample and not args.image:
-        raise ValueError("--set belongs to --sample N, or to --image.")
+    asked = [args.how, args.like, args.set if not args.image else None]
+    if not args.sample and asked != [None] * 3:
+        raise ValueError("--from, --like and --set belong to --sample N; --set also to --image.")
 
     idiff.use_free_cores()
     device = idiff.pick_device(args.device)
@@ -463,18 +424,16 @@ def start(args):
     values = dict(args.set or {})
     if args.sample:
         new = {"n": args.sample, "how": args.how, "like": args.like, "values": values, **seeded}
-        grids["sample"] = sample(model, data, **new, **how)
-        if args.save_images:
-            images, networks, _ = grids["sample"]
-            drawn = images.unflatten(0, (len(networks), -1))[-2]               # the last is real
-            save_images(out, drawn, *draw_codes(model, data, **new)[:2])
-    elif not given:
-        for network, grid in classes(model, data, args.columns, seed=args.seed, **how).items():
-            grids[f"classes_{network}"] = grid
+        grids["sample"] = images, networks, _ = sample(model, data, **new, **how)
+        z, u, _ = draw_codes(model, data, **new)
+        drawn = images.unflatten(0, (len(networks), -1))[-2]                   # the last are real
+        save_images(out / f"sample-{args.sample}", drawn, z, u)
+    elif not given and model.cfg.u == "own" and len(data.u.unique(dim=0)) <= 20:
+        grids["classes"] = classes(model, data, args.columns, **how, **seeded)
 
     # edits of given images
     if args.image:
-        grids["image"] = redraw(model, data, *args.image, values, **how, known=known)
+        grids["image"] = redraw(model, data, *args.image, **how, values=values, known=known)
     if args.swap:
         grids["swap"] = swap(model, data, *args.swap, **how, **which)
     if args.between:

@@ -423,42 +423,106 @@ def test_wrong_data_is_one_clear_line(runs, tmp_path):
 
 
 class Renderer:
-    """A model whose z are a file's factors, permuted, and whose decoder looks up their image."""
+    """A model whose z are a file's factors, permuted, and whose decoder looks up their image.
+
+    p(z|u) is as narrow as can be about the factors that u tells the centres of.
+    """
     unet = None
 
     def __init__(self, data, permuted):
         self.data, self.permuted, rows = data, permuted, torch.arange(len(data))
         self.x, self.z = data.images(rows), data.factors(rows)[:, permuted].float()
+        self.cfg = Config(image_size=16, image_channels=1, n_factors=4)
 
     def decode(self, z):
         return self.x[torch.cdist(z, self.z).argmin(dim=1)]
 
+    def sample_prior(self, u):
+        """z of each u's likeliest values: as often right as a draw of these could be."""
+        centre = (self.cfg.kind_of_u.unpack(u)["centre"] + 1) / 2 * (self.data.sizes - 1)
+        return centre.round()[:, self.permuted]
+
 
 def test_generation_by_the_true_renderer(tmp_path):
+    """What was asked for is read; real images are as far from others as those of the model."""
     data = bands(tmp_path / "bands.npz")
     model = Renderer(data, [2, 0, 3, 1])                                 # z's order is not theirs
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    found = evaluate.generation(model, data, rows, model.z[rows].double().numpy(),
-                                200, 0)
-    means = {name: share["mean"] for name, share in found["accuracy"].items()}
-    assert set(means) == {"classifier", "decoder", "decoder, edited"}
-    assert min(means.values()) > 0.95 and found["n"] == 200
-    pixels = found["pixels"]
-    assert pixels["decoder error"] == pixels["decoder nearest"] == 0
-    assert pixels["decoder laplacian"] == pixels["image laplacian"] > 0
+    found = evaluate.generation(model, data, rows, model.z[rows].double().numpy(), 200, 0)
+    right = found["read as asked"]
+    assert set(right) == {"classifier", "real", *(f"decoder, {kind}" for kind in
+                                                  ("redrawn", "shuffled", "set"))}
+    assert all(min(row.values()) > 0.9 for row in right.values()) and found["n"] == 200
+    images = found["images"]
+    for name, number in images["real"].items():
+        assert images["decoder, redrawn"][name] == pytest.approx(float(number), abs=1e-9)
+    for kind in ("redrawn", "shuffled", "set", "p(z|u)"):
+        row = images[f"decoder, {kind}"]
+        assert row["nearest, median"] == row["nearest, 90 %"] == 0 and row["Laplacian"] > 0
+        assert row["values"] == 1
+
+    # the likeliest values are likelier than drawn ones, by the mean distance from the centre
+    log_p = found["log P(value|u), nats"]
+    for name in data.factor_names:
+        assert log_p["decoder, p(z|u)"][name] > log_p["expectation"][name] + 0.1
+        assert abs(log_p["real, of u"][name] - log_p["expectation"][name]) < 0.2
 
 
 def test_generation_when_z_is_ignored(tmp_path):
-    """A decoder that draws one image whatever z is: edits change nothing and all is chance."""
+    """A decoder that draws one image whatever z is: all is chance, but for what it always shows."""
     data = bands(tmp_path / "bands.npz")
     model = Renderer(data, [0, 1, 2, 3])
     model.decode = lambda z: model.x[:1].expand(len(z), -1, -1, -1)
-    found = evaluate.generation(model, data, torch.arange(240), model.z.double().numpy(),
-                                240, 0)
-    accuracy = found["accuracy"]
-    assert accuracy["decoder, edited"]["mean"] < 0.35 and accuracy["decoder"]["mean"] < 0.35
+    found = evaluate.generation(model, data, torch.arange(240), model.z.double().numpy(), 240, 0)
+    for kind in ("redrawn", "shuffled", "set"):
+        row = found["read as asked"][f"decoder, {kind}"]
+        assert row["all at once"] < 0.05 and sum(row.values()) / 5 < 0.35
+        assert found["images"][f"decoder, {kind}"]["Frechet"] > 2 * found["images"]["real"]["Frechet"]
     error = (model.x - model.x[:1]).square().mean()
-    torch.testing.assert_close(found["pixels"]["decoder error"], error)
+    torch.testing.assert_close(found["images"]["decoder, redrawn"]["error"], error)
+    shown = found["images"]["decoder, redrawn"]
+    assert shown["values"] == pytest.approx(4 / data.sizes.sum().item())
+    pairs = [a * b for k, a in enumerate(data.factor_sizes) for b in data.factor_sizes[:k]]
+    assert shown["pairs"] == pytest.approx(6 / sum(pairs))
+
+
+def test_a_frechet_distance_is_that_of_gaussians():
+    """Means apart by m, standard deviations s and 1: m^2 + (s - 1)^2 a feature, over a variance of
+    1. Turning both changes nothing; copies are at 0, also where rows are fewer than features."""
+    rng = np.random.default_rng(0)
+    turn = torch.from_numpy(np.linalg.qr(rng.normal(size=(3, 3)))[0])
+    b = torch.from_numpy(rng.normal(size=(40_000, 3)))
+    a = torch.from_numpy(rng.normal(size=(40_000, 3))) * torch.tensor([2.0, 1.0, 0.5]) + 3
+    want = (3 * 9 + 1 + 0 + 0.25) / 3
+    a, b = a[:4000], b[:4000]
+    assert evaluate.frechet(a, b).item() == pytest.approx(want, rel=0.03)
+    assert evaluate.frechet(a @ turn, b @ turn).item() == pytest.approx(
+        evaluate.frechet(a, b).item(), rel=1e-6)
+    few = torch.from_numpy(rng.normal(size=(20, 64)))
+    assert abs(evaluate.frechet(few, few.flip(0)).item()) < 1e-9
+
+
+def test_chances_given_u_are_those_of_the_draw(shapes3d):
+    generator = torch.Generator().manual_seed(0)
+    log_scale = torch.tensor([[-1.0, -0.2, -0.5, -1.2, 0.0, -0.7]])
+    centre = torch.tensor([[0.3, -1.0, 0.9, 0.0, 0.5, -0.4]])
+    chances = evaluate.chances_given_u(shapes3d, log_scale, centre)
+    n = 20_000
+    rows = shapes3d.modulate(log_scale.exp().expand(n, -1), centre.expand(n, -1), generator)
+    y = shapes3d.factors(rows)
+    for k, size in enumerate(shapes3d.factor_sizes):
+        share = torch.bincount(y[:, k], minlength=15) / n
+        torch.testing.assert_close(chances.probs[0, k], share, atol=0.015, rtol=0)
+        assert chances.probs[0, k, size:].sum() == 0
+    drawn = chances.log_prob(y).mean(dim=0)
+    torch.testing.assert_close(drawn, -chances.entropy()[0], atol=0.03, rtol=0)
+
+
+def test_codes_of_values_are_medians_and_lie_between_them():
+    values = np.array([2, 2, 2, 5, 5, 9])
+    codes = np.array([0.0, 1.0, 50.0, -3.0, -5.0, 8.0])
+    found = evaluate.codes_of_values([2, 5, 9, 3.5], codes, values)
+    assert found.tolist() == [1, -4, 8, -1.5]
 
 
 @pytest.mark.parametrize("model", ["ivae", "idiff"])
@@ -470,20 +534,40 @@ def test_generate_flag(tmp_path, capsys, monkeypatch, small_classifier, model):
         images, factors = file["images"][::2], np.insert(file["factors"], 1, 7, axis=1)[::2]
     np.savez(tmp_path / "mine.npz", images=images, factors=factors)
     path = write_checkpoint(tmp_path / "run", str(tmp_path / "mine.npz"), model=model, n_factors=5)
+    content = torch.load(path, weights_only=True)
+    content["config"]["n_factors"] = 4
     flags = [str(path), "--n", "60", "--no-dci", "--generate", "12"]
     evaluate.main(flags)
-    assert "decoder, edited" in capsys.readouterr().out
+    assert "decoder, shuffled" in capsys.readouterr().out
     text = path.with_name("metrics.json").read_text()
     made = json.loads(text)["generation"]
     networks = ["decoder"] + ["diffusion"] * (model == "idiff")
-    edited = [f"{network}, edited" for network in networks]
-    assert set(made["accuracy"]) == {"classifier", *networks, *edited}
-    names = ["factor 0", "factor 2", "factor 3", "factor 4", "mean"]
-    assert all(list(row) == names for row in made["accuracy"].values()) and made["n"] == 12
-    kinds = ("error", "nearest", "laplacian")
-    assert {f"{n} {kind}" for n in networks for kind in kinds} <= set(made["pixels"])
+    kinds = ["redrawn", "shuffled", "set"]
+    asked = [f"{network}, {kind}" for network in networks for kind in kinds]
+    assert set(made["read as asked"]) == {"classifier", "real", *asked}
+    names = ["factor 0", "factor 2", "factor 3", "factor 4", "all at once"]
+    assert all(list(row) == names for row in made["read as asked"].values()) and made["n"] == 12
+    assert {"real", *asked} <= set(made["images"])
     evaluate.main([*flags])
     assert path.with_name("metrics.json").read_text() == text
+
+
+def test_without_factors_the_distance_of_the_encoders_features_is_all(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "mine.npz", images=rng.integers(0, 256, (80, 16, 16), np.uint8),
+             u=np.eye(4)[rng.integers(0, 4, 80)])
+    data = load_data(str(tmp_path / "mine.npz"))
+    torch.manual_seed(0)
+    model = IDiff(Config(model="ivae", image_size=16, image_channels=1, n_factors=0, n_u=4, u="own",
+                         width=8, latent_dim=2)).eval().requires_grad_(False)
+    rows = torch.arange(80)
+    codes = model.encode(data.images(rows))[0].double().numpy()
+    found = evaluate.generation(model, data, rows, codes, 30, 0)
+    assert not found["read as asked"] and not found["log P(value|u), nats"]
+    assert all(row["Frechet"] > 0 and len(row) == 2 for row in found["images"].values())
+    assert set(found["images"]) == {"real", "real, of u", "decoder, redrawn", "decoder, shuffled",
+                                    "decoder, p(z|u)"}
+    assert "Frechet" in evaluate.format_generation(found)
 
 
 def test_blur_and_grain_show_where_a_wrong_geometry_does_not(shapes3d):
@@ -493,7 +577,8 @@ def test_blur_and_grain_show_where_a_wrong_geometry_does_not(shapes3d):
     x, other = shapes3d.images(rows), shapes3d.images(rows // 480 * 480 + 77)
     blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     grainy = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    near = [evaluate.nearest_error(im, shapes3d, rows) for im in (x, other, blurred, grainy)]
+    y = shapes3d.factors(rows)
+    near = [evaluate.nearest_error(im, shapes3d, y) for im in (x, other, blurred, grainy)]
     assert (near[0] == 0).all() and (near[1] == 0).all()
     assert (near[2] > 1e-4).all()
     torch.testing.assert_close(near[3], torch.full((3,), 0.01), rtol=0.1, atol=0)
