@@ -151,7 +151,7 @@ class Config:
 
         # a prior needs a u that it can read
         if self.u_dim == 0 and (self.model != "vae" or self.u != "own"):
-            raise ValueError(f"u ({self.u}) has nothing to tell: the data have {self.n_factors} "
+            raise ValueError(f"u '{self.u}' has nothing to tell: the data have {self.n_factors} "
                              f"factors of 2 to 1,000 values and {self.n_u} columns of u.")
         if self.u == "own" and self.prior == "known":
             raise ValueError("prior 'known' cannot read u 'own'. Choose prior 'full'.")

@@ -638,12 +638,12 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
     if RANK == 0:
         out = out or make_folder(cfg)
         claimed = open_log(out, cfg, log_size)
-        if resume:
-            print(f"goes on with '{resume}' after step {first_step}")
     model.info = info
     ema.info = {**info, "out": out}
     if RANK == 0:
         print(describe(data, model), flush=True)
+        if resume:
+            print(f"goes on with '{resume}' after step {first_step}", flush=True)
 
     # train, then look at what came out
     with claimed:
