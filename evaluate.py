@@ -58,7 +58,8 @@ def build_parser():
     add("--out", type=idiff.user_path,
         help="folder of the report, or of many paths' tables (default: theirs)")
     add("--n", type=int, default=N_DCI,
-        help="images to encode; up to 15,000, DCI alone takes all (default: 15000)")
+        help="images to encode; DCI takes 15,000 at most, the others 10,000, or all if there are "
+        "more than 15,000 (default: 15000)")
     add("--generate", type=int, default=0, metavar="N",
         help="images to generate and to judge (default: 0)")
     add("--n-bins", type=int, default=20,
@@ -250,23 +251,24 @@ def dci(codes, factors, seed=0, n_bins=20):
     codes, factors = codes[order], factors[order]
     split = 2 * len(codes) // 3
     factors = factors[:, varying(factors[:split])]
+    n_values = factors.max(axis=0) + 1           # trees in each round
 
     def fit(j):                                  # scikit-learn's defaults: 100 rounds, depth 3
+        def tell(*_):                            # whatever it returned could end the fit
+            bar.update(n_values[j])
         trees = GradientBoostingClassifier(random_state=seed)
-        trees.fit(codes[:split], factors[:split, j])
+        trees.fit(codes[:split], factors[:split, j], monitor=tell)
         accuracy = trees.score(codes[split:], factors[split:, j])
         return trees.feature_importances_, accuracy
 
     # factors in parallel, those of many values first, for they take longest
-    jobs = [delayed(fit)(j) for j in np.argsort(-factors.max(axis=0))]
-    fits = Parallel(-1, return_as="generator", prefer="threads")(jobs)
-    importance = np.zeros((codes.shape[1], len(jobs)))
-    accuracies = np.zeros(len(jobs))
-    for j, result in enumerate(progress(fits, "DCI", total=len(jobs))):
-        importance[:, j], accuracies[j] = result
+    jobs = [delayed(fit)(j) for j in np.argsort(-n_values)]
+    with progress(None, "DCI, trees", total=100 * n_values.sum()) as bar:
+        fits = Parallel(-1, prefer="threads")(jobs)
+    importance = np.reshape([row for row, _ in fits], (-1, codes.shape[1])).T
 
     scores = dci_of_importance(importance)       # in whatever order factors come
-    scores["informativeness"] = mean_of(accuracies, "informativeness")
+    scores["informativeness"] = mean_of([accuracy for _, accuracy in fits], "informativeness")
     return scores
 
 
@@ -406,6 +408,8 @@ def encode(model, data, rows, seed):
     means, logvars = zip(*(model.encode(data.images(part)) for part in parts))
     mean = torch.cat(means).cpu().double()       # some devices have no doubles
     std = (0.5 * torch.cat(logvars).cpu().double()).exp()
+    if model.cfg.latent != "gaussian":
+        std.zero_()                              # the index of a category has no noise
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
     return mean.numpy(), (mean + std * noise).numpy()
 
@@ -710,9 +714,11 @@ def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name
 
     # random images, for what needs factors and for new images
     n = min(n, len(data))
+    generator = torch.Generator().manual_seed(seed)            # the CPU's: the same rows anywhere
+    rows = torch.randperm(len(data), generator=generator)[:n].to(data.device)
     generator = torch.Generator(data.device).manual_seed(seed)
-    rows = torch.randperm(len(data), generator=generator, device=data.device)
-    rows = rows[:n if data.factor_names or generate else 0]
+    if not (data.factor_names or generate):
+        rows = rows[:0]
 
     # images for what needs u: modulated draws, or those that training never saw
     modulated = cfg.u != "own" and len(data.varied) > 0
@@ -727,8 +733,11 @@ def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name
     samples, samples_others = np.split(samples, [len(rows)])
 
     # what every report has; agreement is of the same rows by each run
-    kind = "means" if cfg.latent == "gaussian" else "modes"
     arrays = {"codes": codes if modulated else codes_others}
+    kind = "means"
+    if cfg.latent != "gaussian":
+        kind = "modes"
+        n_bins = max(n_bins, cfg.categories)     # a category is never merged with another
     result = {"file": name, "data": data.name, "fingerprint": data.fingerprint, "model": cfg.model,
               "codes": f"{kind} of q(z|x), averaged weights", "config": vars(cfg),
               "training": model.info, "seed": seed, **spread(arrays["codes"])}
@@ -787,6 +796,7 @@ def measure(codes, factors, names, draws, seed, n_bins, trees):
 
     # DCI takes up to 15,000 rows
     scores = dict.fromkeys(NAMES, np.nan)
+    n_dci = min(len(codes), N_DCI) if trees else 0
     if trees:
         scores.update(dci(codes[:N_DCI], factors[:N_DCI], seed, n_bins))
 
@@ -810,7 +820,7 @@ def measure(codes, factors, names, draws, seed, n_bins, trees):
     return {"metrics": scores,
             "noise_floor": fast_metrics(noise, factors, n_bins),
             **{name: fast_metrics(*pair, n_bins) for name, pair in draws.items()},
-            "per_factor": per_factor, **widths, "n": len(codes), "mi_over_h": share,
+            "per_factor": per_factor, **widths, "n": len(codes), "n_dci": n_dci, "mi_over_h": share,
             "seed": seed, "n_bins": n_bins,
             "scikit-learn": version("scikit-learn")}           # whose trees are DCI's
 
@@ -856,8 +866,9 @@ def write_report(result, folder):
 def format_report(r):
     """A report for people."""
     model = MODELS[r["model"]]
+    of_dci = f" ({r['n_dci']:,} for DCI)" if r.get("n_dci") else ""
     text = (f"{r['file']}: {model}, {len(r['latent_std'])} latents; {r['data']}\n"
-            f"{r['codes']}, n = {r['n']:,}, seed {r['seed']}\n\n")
+            f"{r['codes']}, n = {r['n']:,}{of_dci}, seed {r['seed']}\n\n")
 
     # the metrics, and what to compare them with
     titles = {"metrics": "codes", "noise_floor": "noise",

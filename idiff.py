@@ -157,7 +157,7 @@ class Config:
         # a prior needs a u that it can read
         if self.u_dim == 0 and (self.model != "vae" or self.u != "own"):
             raise ValueError(f"u '{self.u}' has nothing to tell: the data have {self.n_factors} "
-                             f"factors that vary and {self.n_u} columns of u.")
+                             f"factors of 2 to 1,000 values and {self.n_u} columns of u.")
         if self.prior == "known":
             self.kind_of_u.unpack(torch.zeros(1, self.u_dim))
 
@@ -1342,6 +1342,7 @@ class Data:
         if factors is not None:
             self.table = torch.as_tensor(factors, device=device)
             self.numbers, self.order = (self.table * self.strides).sum(dim=1).sort()
+            self.distinct = self.numbers.unique()              # (G,), the combinations that exist
         u = torch.zeros(len(self), 0) if u is None else u
         self.u = torch.as_tensor(u, dtype=torch.float32, device=device)
 
@@ -1374,13 +1375,18 @@ class Data:
     def modulate(self, s, m, generator):
         """Rows (n,) drawn with probability ∝ exp(-sum_k ((g_k - m_k) / s_k)^2 / 2); s, m: (n, K).
 
-        Each factor in turn takes a value. On the full grid every combination of values is a row. On
-        a grid with gaps it is not: having chosen the values of the first factors, the rows left are
-        those whose numbers lie in one interval [low, low + stride). Each value of the next factor
-        is a part of that interval, and exists if two binary searches in the sorted numbers find a
-        row in it. So a draw costs K searches, not N comparisons. Rows with equal factors are
-        equally likely.
+        That is the probability of a combination of values; its rows are equally likely. On the full
+        grid every combination exists, and each factor takes a value for itself. On a grid with gaps
+        the draw is exact up to 2,000 combinations, of which each is weighed. Of more, each factor
+        in turn, in the columns' order, takes one of the values left: having chosen those of the
+        first factors, the rows left are those whose numbers lie in one interval [low, low +
+        stride). Each value of the next factor is a part of that interval, and exists if two binary
+        searches in the sorted numbers find a row in it. So a draw costs K searches, not N
+        comparisons.
         """
+        if self.table is not None and len(self.distinct) <= 2000:
+            return self.modulate_at_once(s, m, generator)
+
         # the largest of logits plus Gumbel noise is a draw from their softmax
         distance = (self.grid - m[:, :, None]) / s[:, :, None]                 # (n, K, V)
         exponential = torch.empty_like(distance).exponential_(generator=generator)
@@ -1397,10 +1403,23 @@ class Data:
 
             left = scores[:, k, :size].masked_fill(n_rows == 0, -math.inf)
             low = low + left.argmax(dim=1) * self.strides[k]
+        return self.rows_of(low, generator)
 
-        first = torch.searchsorted(self.numbers, low)
-        last = torch.searchsorted(self.numbers, low + 1)
-        share = torch.rand(len(low), generator=generator, device=self.device)
+    def modulate_at_once(self, s, m, generator):
+        """The same, by the probability of each combination that exists."""
+        index = self.distinct[:, None] // self.strides % self.sizes            # (G, K)
+        g = self.grid.gather(1, index.T)                                       # (K, G)
+        logits = (m / s**2) @ g - 0.5 * s**-2 @ g.square()                     # up to a constant
+        edges = logits.softmax(dim=1).cumsum(dim=1)                            # (n, G)
+        share = torch.rand(len(s), 1, generator=generator, device=self.device)
+        chosen = torch.searchsorted(edges, share * edges[:, -1:])              # (n, 1)
+        return self.rows_of(self.distinct[chosen[:, 0]], generator)
+
+    def rows_of(self, numbers, generator):
+        """A row (n,) of each number (n,), all of its rows being equally likely."""
+        first = torch.searchsorted(self.numbers, numbers)
+        last = torch.searchsorted(self.numbers, numbers + 1)
+        share = torch.rand(len(numbers), generator=generator, device=self.device)
         chosen = first + (share * (last - first)).long()
         return self.order[chosen.minimum(last - 1)]            # share may round up to 1
 
@@ -1445,7 +1464,8 @@ def load_data(name="shapes3d", device="cpu", image_size=None, factor_sizes=None)
 
 
 def read_file(path, device):
-    """{name in KEYS: array as stored} of an .h5 or .npz file. ValueError, MemoryError."""
+    """{name in KEYS: array as stored} of an .h5 or .npz file. OSError, ValueError, MemoryError."""
+    open(path, "rb").close()                                   # what forbids this tells itself
     try:
         if zipfile.is_zipfile(path):                           # the content decides, not the name
             file = np.load(path, allow_pickle=False)
@@ -1458,16 +1478,20 @@ def read_file(path, device):
         arrays = {}
         with file:
             check_memory(sum(sizes), device)                   # before anything large is read
+            held = ", ".join(file)
             for name, keys in KEYS.items():
                 for key in keys:
                     if key in file:
                         arrays[name] = np.asarray(file[key])
-        return arrays
     except (MemoryError, ImportError) as error:
         raise type(error)(f"'{path}' cannot be used as data: {error}") from None
     except Exception:                  # zip, h5 and numpy raise many kinds
         raise ValueError(f"'{path}' cannot be used as data: it is no .npz or .h5 file of arrays of "
                          "numbers, or is damaged. Save it by np.savez.") from None
+    if "images" not in arrays:
+        raise ValueError(f"'{path}' has no array images, but {held or 'nothing'}. Save what it has "
+                         "under the names images, factors, factor_names and u by np.savez.")
+    return arrays
 
 
 def read_folder(folder, device, side):
@@ -1475,32 +1499,63 @@ def read_folder(folder, device, side):
 
     The other columns are numbers: u and u:NAME are u, all others factors. ValueError if not so.
     """
-    try:
-        [path] = Path(folder).glob("*.csv")
-        lines = path.read_text("utf-8-sig").splitlines()
-        rows = csv.reader(lines, skipinitialspace=True)
-        cells = np.array([row for row in rows if row])         # (1 + N, columns)
-        header = cells[0]
-        [files] = cells[1:, header == "file"].T
-        numbers = cells[1:, header != "file"].astype(float)
-        if not files.size:
-            raise ValueError
-    except Exception:                  # csv, numpy and the disk raise many kinds
-        raise ValueError(f"'{folder}' cannot be used as data: a folder must hold one .csv, its "
-                         "first row the columns' names, one of them file, then a row for each "
-                         "picture: its file, and numbers. For words write "
-                         "np.unique(words, return_inverse=True)[1].") from None
-
+    tables = list(Path(folder).glob("[!.]*.csv"))              # hidden ones are no tables
+    if len(tables) != 1:
+        raise ValueError(f"'{folder}' cannot be used as data: a folder must hold one .csv, and "
+                         f"here are {len(tables)}.")
+    names, files, numbers = read_table(tables[0])
+    if len(set(files)) < len(files):
+        warnings.warn(f"'{tables[0]}' lists {len(files)} pictures, of which only {len(set(files))} "
+                      "differ.")
     check_memory(6 * len(files) * side**2, device)
     images = [read_picture(Path(folder, name), side)
               for name in progress(files, "reading pictures")]
 
-    names = header[header != "file"]
-    is_u = np.char.startswith(np.char.add(names, ":"), "u:")
+    is_u = np.array([name.split(":")[0] == "u" for name in names], bool)
     return {"images": np.stack(images),
             "factors": numbers[:, ~is_u],
-            "factor_names": names[~is_u],
+            "factor_names": np.array(names, str)[~is_u],
             "u": numbers[:, is_u]}
+
+
+def read_table(path):
+    """Names of a .csv's columns but file (C,), its files (N,), and its numbers (N, C), an array.
+
+    As Excel saves it: cells are separated by commas, tabs, or by semicolons, and then decimals by
+    commas; the text is UTF-8, UTF-16 or cp1252. ValueError, with the line that is wrong.
+    """
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith(b"\xff\xfe") else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", "replace")
+
+    lines = text.splitlines() or [""]
+    separator = max(",;\t", key=lines[0].count)
+    decimal = "," if separator == ";" else "."
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
+    rows = filter(any, reader)                                 # not those that are empty
+    files, numbers = [], []
+    try:
+        names = next(rows, [])
+        column = names.index("file")
+        if "" in names:
+            raise ValueError("a column has no name: in pandas save by to_csv(..., index=False)")
+        for row in rows:
+            if len(row) != len(names):
+                raise ValueError(f"it has {len(row)} cells, not {len(names)}")
+            files.append(row.pop(column))
+            numbers.append([float(cell.replace(decimal, ".")) for cell in row])
+        if not files:
+            raise ValueError("no other line follows")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"'{path}', line {reader.line_num}: {error}. Wanted are the columns' "
+                         "names, one of them file, then a row for each picture: its file, and "
+                         "finite numbers. For words write np.unique(words, return_inverse=True)"
+                         "[1].") from None
+    names.remove("file")
+    return names, files, np.array(numbers)
 
 
 def read_picture(path, side):
@@ -1510,8 +1565,8 @@ def read_picture(path, side):
         file = Image.open(path)
         animated = getattr(file, "is_animated", False) and file.format != "MPO"
         picture = ImageOps.exif_transpose(file)                # turned as its camera was held
-    except Exception:                  # each format raises kinds of its own
-        raise ValueError(f"'{path}' is no picture that can be read.") from None
+    except Exception as error:         # each format raises kinds of its own
+        raise ValueError(f"'{path}' is no picture that can be read: {error}.") from None
     if animated or picture.mode in ("I", "F"):
         raise ValueError(f"'{path}' has several frames, or 32 bits a pixel; wanted is one frame of "
                          "8 or 16 bits. Save it as a PNG.")
@@ -1538,9 +1593,6 @@ def check_arrays(arrays, path, device, image_size):
     images: (N, H, W), or (N, H, W, C) of 1 or 3 channels, in 0..255 or 0..1; what follows may be
     absent: factors (N, K), any numbers; factor_names (K,); u (N, U), one's own.
     """
-    if "images" not in arrays:
-        raise ValueError(f"'{path}' has no array images: of {', '.join(KEYS)} it has "
-                         f"{', '.join(arrays) or 'none'}.")
     images = arrays["images"]
     found = f"images are {images.shape} {images.dtype}"
     if images.ndim == 3:
@@ -1584,6 +1636,16 @@ def check_arrays(arrays, path, device, image_size):
     if not len(named) == len(names) == len(values):
         raise ValueError(f"'{path}': factor_names are {names}; wanted are {len(values)} different "
                          "names.")
+
+    # what is hardly a factor is told
+    for k, name in enumerate(names):
+        n_values = len(values[k])
+        if n_values > min(0.9 * n, 1000):
+            warnings.warn(f"factor '{name}' has {n_values:,} values in {n:,} rows: leave it out if "
+                          "it is an identifier.")
+        copied = (factors == factors[:, [k]]).all(axis=0).argmax()             # the first one
+        if copied < k and n_values > 1:
+            warnings.warn(f"factor '{name}' is a copy of factor '{names[copied]}': leave one out.")
 
     own_u = check_table(arrays, "u", n, path)
     u = own_u.astype(float)                                    # half precision overflows

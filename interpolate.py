@@ -457,6 +457,8 @@ def start(args):
         with drawing(out / f"{kind}.gif") as path:
             write_gif(path, traversals)
             paths.append(path)
+    if not paths:
+        raise ValueError("no picture could be drawn.")
     return paths
 
 

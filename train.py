@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -74,8 +74,10 @@ def build_parser():
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     add("--out", type=path,
-        help="folder of the run (default: a new one, runs/MODEL-sSEED or search-KIND)")
-    add("--resume", type=path, metavar="CKPT", help="go on with the run of this checkpoint")
+        help="folder of the run, where the same command goes on with it (default: a new one, "
+        "runs/MODEL-sSEED or search-KIND)")
+    add("--resume", type=path, metavar="CKPT",
+        help="go on with the run of this checkpoint, in its folder or in --out")
     add("--freeze-ivae", type=path, metavar="CKPT",
         help="train a U-Net on the frozen iVAE of this checkpoint")
     add("--save-every", type=positive, default=500, metavar="N",
@@ -181,30 +183,53 @@ def check_fit(cfg, data):
                          f"evenly, got {shared}.")
 
 
-def claim(folder):
-    """Create the folder if needed and claim it. Returns False if another run holds it."""
-    os.makedirs(folder, exist_ok=True)
-    if os.path.exists(f"{folder}/ckpt.pt"):
-        return False
-    try:
-        open(f"{folder}/log.jsonl", "x").close()           # of two runs at once one makes it
-    except FileExistsError:
-        return False
-    return True
+def check_same(cfg, data, info, content, path):
+    """ValueError, which tells what differs, unless a checkpoint's content is of this very run."""
+    held = {**content["info"], **content["config"]}
+    if held.get("fingerprint") != data.fingerprint:
+        raise ValueError(f"'{path}' was trained on other data than '{data.name}': on "
+                         f"{held.get('data', 'unnamed ones')}. Pass those by --data, or train "
+                         "anew, in another folder.")
+    asked = {**info, **asdict(cfg)}
+    other = [f"{name} {held.get(name)}" for name, value in asked.items() if held.get(name) != value]
+    if other:
+        raise ValueError(f"'{path}' is of another run, with {', '.join(other)}. Pass another "
+                         f"--out, delete it, or go on with it: --resume {shlex.quote(path)}")
 
 
-def make_folder(out, cfg):
-    """The run's folder, claimed; a given out must not hold a run already."""
+def make_folder(cfg):
+    """A new folder of a run, which no other run has."""
     first = f"runs/{cfg.model}-s{cfg.seed}"
-    folder = out or first
+    folder = first
     n = 1
-    while not claim(folder):
-        if out:
-            raise ValueError(f"'{out}' already holds a run. Pass another --out, delete it, or go "
-                             f"on with it: --resume {shlex.quote(out + '/ckpt.pt')}")
-        n += 1
-        folder = f"{first}-{n}"
-    return folder
+    while True:
+        try:
+            os.makedirs(folder)                            # of two runs at once one makes it
+            return folder
+        except FileExistsError:
+            n += 1
+            folder = f"{first}-{n}"
+
+
+def open_log(out, cfg, size):
+    """The log in the folder out, cut to size bytes; until it is closed no other run writes there.
+
+    The lock ends with its process, however that ends. Windows and some file systems have none.
+    """
+    os.makedirs(out, exist_ok=True)
+    file = open(f"{out}/log.jsonl", "a")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        if isinstance(error, BlockingIOError):
+            raise ValueError(f"another run is writing into '{out}'. Pass another --out.") from None
+    if file.tell() > size == 0:
+        print(f"the log in '{out}' has no checkpoint, and begins anew")
+    file.truncate(min(file.tell(), size))                  # the steps since then are run again
+    if not os.path.getsize(file.name):
+        log(out, {"config": asdict(cfg)})
+    return file
 
 
 def provenance(data):
@@ -341,8 +366,6 @@ def restore(content, path, model, ema, optimizers):
             raise ValueError("its step or log_size is no whole number")
         if not 0 < step <= model.cfg.steps or log_size < 0:
             raise ValueError(f"step {step} of {model.cfg.steps}, a log of {log_size} bytes")
-        if not {"data", "fingerprint"} <= content["info"].keys():
-            raise ValueError("its info does not name the data")
     except Exception as error:         # whatever torch raises, the file is at fault
         raise ValueError(f"'{path}' holds no state to resume from: {type(error).__name__}, "
                          f"{in_one_line(error)}") from None
@@ -630,40 +653,51 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
 
     Its info has the folder, "out", and "validation", the ELBO on fresh draws and its terms.
     cfg: recipe(data); out: the folder, by default a new one; ivae: a model whose parts but the
-    U-Net are taken and stay frozen; resume: path of a checkpoint whose run goes on, in its folder;
-    info: words that the checkpoint is to keep. ValueError if something cannot be, or a loss is not
-    finite; KeyboardInterrupt, once all is saved, after Ctrl-C or SIGTERM.
+    U-Net are taken and stay frozen; resume: path of a checkpoint whose run goes on, in its folder
+    or in out; the same run goes on without it, if out holds its checkpoint; info: words that the
+    checkpoint is to keep. ValueError if something cannot be, or a loss is not finite;
+    KeyboardInterrupt, once all is saved, after Ctrl-C or SIGTERM.
     """
     # what the run is, and where it goes on
-    check_fit(cfg, data)
-    info = {**provenance(data), **(info or {})}
+    info = info or {}
+    first_step = log_size = 0
+    if out and os.path.exists(f"{out}/ckpt.pt"):           # a job that is queued again
+        resume = f"{out}/ckpt.pt"
+        out = None
     if resume:
         content = idiff.read_checkpoint(resume, data.device)
-        info = {**info, **content["info"], **data.source}  # the data may have moved
-        out = os.path.dirname(os.path.realpath(resume))    # a link stays one
+        check_same(cfg, data, info, content, resume)
+        info = {**content["info"], **data.source}          # the data may have moved
         if info.get("frozen"):
             ivae = idiff.load_checkpoint(resume, data.device)
+    else:
+        info = {**provenance(data), **info}
+    check_fit(cfg, data)
     model, ema, optimizers = build(cfg, data.device, ivae)
-    first_step = restore(content, resume, model, ema, optimizers) if resume else 0
+    if resume:
+        first_step = restore(content, resume, model, ema, optimizers)
+        if not out:
+            out = os.path.dirname(os.path.realpath(resume))                    # a link stays one
+            log_size = content["log_size"]
 
     # the folder, once nothing can be wrong; only rank 0 writes
+    claimed = nullcontext()
     if RANK == 0:
-        if resume:
-            with open(f"{out}/log.jsonl", "a") as file:    # the steps since then are run again
-                file.truncate(min(file.tell(), content["log_size"]))
-        else:
-            out = make_folder(out, cfg)
-            log(out, {"config": asdict(cfg)})
+        out = out or make_folder(cfg)
+        claimed = open_log(out, cfg, log_size)
     model.info = info
     ema.info = {**info, "out": out}
     if RANK == 0:
         print(describe(data, model), flush=True)
-    barrier()                                              # rank 0 has claimed the folder
+        if resume:
+            print(f"goes on with '{resume}' after step {first_step}", flush=True)
 
     # train, then look at what came out
-    loop(model, ema, optimizers, data, out, first_step, save_every, log_every)
-    if RANK == 0:
-        ema.info["validation"] = finish(ema.eval(), data, out)
+    with claimed:
+        barrier()                                          # rank 0 has claimed the folder
+        loop(model, ema, optimizers, data, out, first_step, save_every, log_every)
+        if RANK == 0:
+            ema.info["validation"] = finish(ema.eval(), data, out)
     return ema.eval().requires_grad_(False)
 
 
@@ -839,6 +873,8 @@ def draw_losses(path, out):
     """losses.png: each term, and the gradient's norm, by step."""
     records = [json.loads(line) for line in Path(f"{out}/log.jsonl").read_text().splitlines()]
     records = [record for record in records if "seconds" in record]
+    if not records:
+        raise ValueError("log.jsonl, maybe not the run's own, holds no steps")
     names = dict.fromkeys(name for record in records for name in record)
     names = [name for name in names if name not in ("step", "seconds")]
     # a panel for each; all end at the last step
@@ -1016,17 +1052,11 @@ def prepare(args, given):
 
     # a run that goes on: all is as its checkpoint says
     if args.resume:
-        if args.out or args.paper or args.size != "small" or args.freeze_ivae \
-                or args.factor_sizes or given:
+        if args.paper or args.size != "small" or args.freeze_ivae or args.factor_sizes or given:
             raise ValueError(f"--resume {args.resume} goes on with the run as it was, without "
                              "flags that change it.")
         content = idiff.read_checkpoint(args.resume, device)
-        info = content["info"]
-        data = idiff.data_of(info, args.resume, device, args.data)
-        if info.get("fingerprint") != data.fingerprint:
-            raise ValueError(f"'{args.resume}' was trained on other data than '{data.name}': on "
-                             f"{info.get('data', 'unnamed ones')}. Pass those by --data, or train "
-                             "anew.")
+        data = idiff.data_of(content["info"], args.resume, device, args.data)
         return partial(Config, **content["config"]), data, {**flags, "resume": args.resume}
 
     # a new run, maybe on an iVAE that stays as it is
@@ -1079,7 +1109,13 @@ def main(argv=None):
         args = build_parser().parse_args(argv)
         try:
             if WORLD > 1:
+                text = (f"rank {RANK} waits at {os.environ.get('MASTER_ADDR')} for all {WORLD} "
+                        "ranks. If there are no others, unset RANK and WORLD_SIZE.")
+                waiting = threading.Timer(10, warnings.warn, [text])
+                waiting.daemon = True                      # it keeps no program from ending
+                waiting.start()
                 dist.init_process_group()                  # gloo on CPUs, nccl on GPUs
+                waiting.cancel()
             result = start(args)
         except KeyboardInterrupt:
             if RANK > 0:                                   # rank 0 has saved, and tells

@@ -65,10 +65,8 @@ def child(argv):
     train.main(argv)
 
 def go_on(out, argv):
-    """The process of argv's training in out, from its checkpoint if there is one."""
-    path = out / "ckpt.pt"
-    return start(child, ["--resume", str(path), "--device", "cpu", *SMALL[-4:]] if path.exists()
-                 else [*argv, "--out", str(out)])
+    """The process of argv's training in out, where the same command goes on."""
+    return start(child, [*argv, "--out", str(out)])
 
 def wait(process, log, rng):
     """Until a random moment: some lines of the log later, and somewhere between two of them."""
@@ -87,8 +85,6 @@ def killed(out, argv, rng, n_kills):
     """Train into out under kill -9 at random moments, then to the end; counts what was hit."""
     found = Counter()
     while found["kills"] < n_kills:
-        if not (out / "ckpt.pt").exists():
-            shutil.rmtree(out, ignore_errors=True)      # nothing was saved: begin again
         process = go_on(out, argv)
         wait(process, out / "log.jsonl", rng)
         if process.exitcode is not None:

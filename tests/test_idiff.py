@@ -1302,7 +1302,7 @@ def test_fingerprint_of_a_folder_tells_pictures_and_table(tmp_path):
     ([], ".csv"), (["file,a"], "row for each picture"), (["name,a", "0.png,1"], "file"),
     (["file,a", "0.png,1", "1.png"], "one of them file"),
     (["file,a", "0.png,1", "1.png,"], "np.unique"), ([""], "one of them file"),
-    (["file;a", "0.png;1"], "file"), (["file,a", "0.png,1", "7.png,2"], "7.png"),
+    (["file|a", "0.png|1"], "file"), (["file,a", "0.png,1", "7.png,2"], "7.png"),
     (["file,a", "0.png,cube"], "np.unique"), (["file,file", "0.png,1.png"], "one of them file"),
     (["file,a", "0.png,1", "table.csv,2"], "table.csv"), (["file,a", "0.png,nan"], "finite"),
     (["file,a,a", "0.png,1,2"], "different"), (["file,a", "0.png,1", "../pics,2"], "pics")])

@@ -94,7 +94,7 @@ def test_printed_commands_survive_a_shell(tiny_npz, tmp_path, capsys, name):
     train.main([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(out)])
     for line in capsys.readouterr().out.splitlines()[-2:]:
         assert shlex.split(line)[2:] == [f"{out}/ckpt.pt"]
-    text = refusal([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(out)], capsys)
+    text = refusal([*TINY, "--data", tiny_npz, "--steps", "2", "--out", str(out)], capsys)
     _, _, command = text.partition("with it: ")
     assert shlex.split(command) == ["--resume", f"{out}/ckpt.pt"]
 
@@ -157,24 +157,24 @@ def test_runs_without_out_get_folders_of_their_own(tiny_npz, tmp_path, monkeypat
 @pytest.mark.parametrize("out", [None, "runs/mine"])
 def test_of_two_runs_that_start_at_once_one_has_the_folder(tiny_npz, tmp_path, monkeypatch, capsys,
                                                            out):
-    """Here the other begins its log in the moment between this one's look and its first line."""
+    """Here this one starts, with the same command, while the other is at its first step."""
     monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    makedirs, taken = os.makedirs, []
+    argv = [*TINY, "--data", tiny_npz, "--steps", "1", *(["--out", out] if out else [])]
+    step = train.train_step
+    said = []
 
-    def taken_at_once(path, *args, **named):
-        makedirs(path, *args, **named)
-        if not taken:
-            taken.append(Path(path, "log.jsonl"))
-            taken[0].write_text("the other's")
-    monkeypatch.setattr(os, "makedirs", taken_at_once)
-    argv = [*TINY, "--data", tiny_npz, "--steps", "1"]
-    if out:
-        assert "runs/mine" in refusal([*argv, "--out", out], capsys)
-    else:
-        train.main(argv)
-        assert len(list(Path("runs").glob("*/ckpt.pt"))) == 1
-    assert taken[0].read_text() == "the other's" and not taken[0].with_name("ckpt.pt").exists()
+    def other_first(*args):
+        monkeypatch.setattr(train, "train_step", step)
+        if out:
+            said.append(refusal(argv, capsys))
+        else:
+            train.main(argv)
+        return step(*args)
+    monkeypatch.setattr(train, "train_step", other_first)
+    train.main(argv)
+    folders = list(Path("runs").iterdir())
+    assert len(folders) == (1 if out else 2) and all("runs/mine" in text for text in said)
+    assert all([r["step"] for r in log_of(run)[1:]] == [1, 1] for run in folders)
 
 
 @pytest.mark.usefixtures("pictures")
@@ -782,13 +782,14 @@ def test_out_that_is_a_file_is_named(tiny_npz, tmp_path, capsys):
     assert file.read_text() == "precious"
 
 
-@pytest.mark.parametrize("missing", ["ckpt.pt", "log.jsonl"])
-def test_out_that_holds_a_run_is_not_written_over(tiny_npz, tiny_run, tmp_path, capsys, missing):
+@pytest.mark.parametrize("missing", ["samples.png", "log.jsonl"])
+def test_out_that_holds_another_run_is_not_written_over(tiny_npz, tiny_run, tmp_path, capsys,
+                                                        missing):
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    (run / missing).unlink()
+    (run / missing).unlink(missing_ok=True)
     before = {path: path.read_bytes() for path in run.iterdir()}
     text = refusal([*TINY, "--data", tiny_npz, "--steps", "1", "--out", str(run)], capsys)
-    assert str(run) in text and "--resume" in text
+    assert str(run) in text and "--resume" in text and "steps 4" in text
     assert before == {path: path.read_bytes() for path in run.iterdir()}
 
 
