@@ -17,6 +17,7 @@ import json
 import math
 import os
 import warnings
+from collections import defaultdict
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import combinations
