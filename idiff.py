@@ -1637,15 +1637,7 @@ def check_arrays(arrays, path, device, image_size):
         raise ValueError(f"'{path}': factor_names are {names}; wanted are {len(values)} different "
                          "names.")
 
-    # what is hardly a factor is told
-    for k, name in enumerate(names):
-        n_values = len(values[k])
-        if n_values > min(0.9 * n, 1000):
-            warnings.warn(f"factor '{name}' has {n_values:,} values in {n:,} rows: leave it out if "
-                          "it is an identifier.")
-        copied = (factors == factors[:, [k]]).all(axis=0).argmax()             # the first one
-        if copied < k and n_values > 1:
-            warnings.warn(f"factor '{name}' is a copy of factor '{names[copied]}': leave one out.")
+    warn_of_factors(names, factors)
 
     own_u = check_table(arrays, "u", n, path)
     u = own_u.astype(float)                                    # half precision overflows
@@ -1654,6 +1646,19 @@ def check_arrays(arrays, path, device, image_size):
     return Data(f"{Path(path).resolve().name} {mark[:8]}", named, (channels, side, side),
                 partial(look_up, pixels=pixels, white=white, side=side), device,
                 torch.from_numpy(factors), torch.from_numpy(u).float(), mark, note)
+
+
+def warn_of_factors(names, factors):
+    """Warn, by name, of columns of indices (N, K) that are identifiers, or copies of others."""
+    n = len(factors)
+    for k, name in enumerate(names):
+        n_values = factors[:, k].max() + 1
+        if n_values > min(0.9 * n, 1000):
+            warnings.warn(f"factor '{name}' has {n_values:,} values in {n:,} rows: leave it out if "
+                          "it is an identifier.")
+        first = (factors == factors[:, [k]]).all(axis=0).argmax()              # equal column
+        if first < k and n_values > 1:
+            warnings.warn(f"factor '{name}' is a copy of factor '{names[first]}': leave one out.")
 
 
 def check_table(arrays, name, n, path):
