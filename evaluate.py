@@ -1064,17 +1064,16 @@ def draw_latents_by_u(r):
     """Samples of 40 latents at most, by the index of u, or where more than 50 are different by the
     column of u that each latent follows most."""
     arrays = r["arrays"]
-    number = arrays["number"]
     shown = arrays["samples"].T[:40]
     figure, axes = idiff.panels(len(shown), (6, 2))
     for i, (z, ax) in enumerate(zip(shown, axes)):
-        x = number
+        x = arrays["number"]
         name = "index of u"
         if r["prior"]["different_u"] > 50:
             j = correlation(z[:, None], arrays["u"]).argmax()
             x = arrays["u"][:, j]
             name = f"column {j} of u, standardised"
-        ax.scatter(x, z, 4, number, cmap="turbo")
+        ax.scatter(x, z, 4, x, cmap="turbo")
         ax.set(xlabel=name, ylabel=f"z{i}")
     figure.suptitle("samples of each latent, by u")
     return figure
