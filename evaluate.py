@@ -506,22 +506,20 @@ def squares(x):
     return x.square().flatten(1).mean(dim=1)
 
 
-def occurring(y, sizes):
-    """The shares of all values, and of all pairs of values of two factors, that y (N, K) holds."""
-    value = np.hstack([np.eye(v)[column] for v, column in zip(sizes, y.T)])    # (N, sum of V)
-    met = value.T @ value > 0
-    n_values = met.trace()
-    n_pairs = met.sum() - n_values
-    possible = sum(sizes)**2 - np.square(sizes).sum()
-    return n_values / sum(sizes), n_pairs / max(possible, 1)
-
-
 def looks(x, y, data):
-    """How images x (B, C, H, W) look that show the values y (B, K), {name: number}."""
+    """How images x (B, C, H, W) look that show the values y (B, K), {name: number}.
+
+    Values, pairs: the shares of all values, and of all pairs of values of two factors, that occur.
+    """
+    sizes = data.sizes[data.varied]
+    value = torch.cat([F.one_hot(*each) for each in zip(y.T, sizes)], dim=1)   # (B, sum of V)
+    met = (value.T.float() @ value.float() > 0).sum()
+    n_values = value.any(dim=0).sum()
+    n_pairs = sizes.sum()**2 - sizes.square().sum()
     nearest = nearest_error(x, data, y)
-    values, pairs = occurring(y.cpu().numpy(), data.sizes[data.varied].tolist())
     return {"nearest, median": nearest.median(), "nearest, 90 %": nearest.quantile(0.9),
-            "Laplacian": laplacian(x).mean(), "values": values, "pairs": pairs}
+            "Laplacian": laplacian(x).mean(), "values": n_values / sizes.sum(),
+            "pairs": (met - n_values) / n_pairs.clamp(min=1)}
 
 
 def features(net, x):
@@ -543,8 +541,9 @@ def frechet(a, b):
     """
     gap = a.mean(dim=0) - b.mean(dim=0)
     a, b = ((each - each.mean(dim=0)) / (len(each) - 1)**0.5 for each in (a, b))
-    # the trace of the root of the product of the covariances a'a and b'b
-    shared = torch.linalg.svdvals(a @ b.T).sum()
+    # the trace of the root of the product of the covariances a'a and b'b; R of QR has them, too
+    r_a, r_b = (torch.linalg.qr(each, mode="r").R for each in (a, b))
+    shared = torch.linalg.svdvals(r_a @ r_b.T).sum()
     distance = gap.square().sum() + a.square().sum() + b.square().sum() - 2 * shared
     return distance / b.square().sum()
 
@@ -624,7 +623,7 @@ def shares(hits, names):
 
 
 def generation(model, data, rows, codes, n, seed):
-    """How good new images are: n, and {table's title: {row's name: {column's name: number}}}.
+    """How good new images are: {table's title, with n: {row's name: {column's name: number}}}.
 
     codes: (N, D), those of rows (N,). n images each are drawn of codes as they are (redrawn),
     recombined (shuffled, set) and of p(z|u); beside them stand real ones that are drawn alike.
@@ -649,7 +648,7 @@ def generation(model, data, rows, codes, n, seed):
 
     # a classifier reads values; a u that training makes tells how likely each is
     names = [*(data.factor_names[k] for k in data.varied), "all at once"]
-    read = chances = None
+    net = model.encoder
     right, log_p, quality = {}, {}, {}
     if y.numel():
         net, read, hits = train_reader(data, seed)
@@ -657,8 +656,6 @@ def generation(model, data, rows, codes, n, seed):
         if "p(z|u)" in kinds and cfg.u != "own":
             chances = chances_given_u(data, **cfg.kind_of_u.unpack(u[:n]))
             log_p["expectation"] = dict(zip(names, -chances.entropy().mean(dim=0)))
-    else:
-        net = model.encoder
 
     for kind, z in kinds.items():
         of_u = kind == "p(z|u)"
@@ -673,27 +670,27 @@ def generation(model, data, rows, codes, n, seed):
                 continue
             error = squares(image - x).mean() if kind == "redrawn" else None
             quality[name] = {"Frechet": frechet(features(net, image), reference), "error": error}
-            if read is None:
+            if not y.numel():
                 continue
             seen = read(image)                                 # (n, K)
             quality[name].update(looks(image, seen, data))
             if not of_u:
                 right[name] = shares(seen.cpu() == wanted[kind], names)
-            elif chances is not None:
+            elif log_p:
                 log_p[name] = dict(zip(names, chances.log_prob(seen).mean(dim=0)))
-    return {"n": n, "read as asked": right, "log P(value|u), nats": log_p, "images": quality}
+    found = {"read as asked": right, "log P(value|u), nats": log_p, "images": quality}
+    return {f"{title}, n = {n}": rows for title, rows in found.items() if rows}
 
 
-def format_generation(made):
+def format_generation(tables):
     """The tables of generation, for people."""
     text = ""
-    for title, rows in made.items():
-        if title != "n" and rows:
-            lines = [[f"{title}, n = {made['n']}", *[*rows.values()][-1]]]
-            for name, row in rows.items():
-                texts = ["-" if value is None else f"{value:#.3g}" for value in row.values()]
-                lines.append([name, *texts])
-            text += idiff.table(zip(*lines)) + "\n"
+    for title, rows in tables.items():
+        lines = [[title, *[*rows.values()][-1]]]
+        for name, row in rows.items():
+            texts = ["-" if value is None else f"{value:#.3g}" for value in row.values()]
+            lines.append([name, *texts])
+        text += idiff.table(zip(*lines)) + "\n"
     return text
 
 

@@ -427,7 +427,7 @@ class Renderer:
 
     p(z|u) is as narrow as can be about the factors that u tells the centres of.
     """
-    unet = None
+    encoder = unet = None
 
     def __init__(self, data, permuted):
         self.data, self.permuted, rows = data, permuted, torch.arange(len(data))
@@ -449,11 +449,10 @@ def test_generation_by_the_true_renderer(tmp_path):
     model = Renderer(data, [2, 0, 3, 1])                                 # z's order is not theirs
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     found = evaluate.generation(model, data, rows, model.z[rows].double().numpy(), 200, 0)
-    right = found["read as asked"]
+    right, log_p, images = found.values()
     assert set(right) == {"classifier", "real", *(f"decoder, {kind}" for kind in
                                                   ("redrawn", "shuffled", "set"))}
-    assert all(min(row.values()) > 0.9 for row in right.values()) and found["n"] == 200
-    images = found["images"]
+    assert all(min(row.values()) > 0.9 for row in right.values())
     for name, number in images["real"].items():
         assert images["decoder, redrawn"][name] == pytest.approx(float(number), rel=1e-5)
     for kind in ("redrawn", "shuffled", "set", "p(z|u)"):
@@ -462,7 +461,6 @@ def test_generation_by_the_true_renderer(tmp_path):
         assert row["values"] == 1
 
     # the likeliest values are likelier than drawn ones, by the mean distance from the centre
-    log_p = found["log P(value|u), nats"]
     for name in data.factor_names:
         assert log_p["decoder, p(z|u)"][name] > log_p["expectation"][name] + 0.1
         assert abs(log_p["real, of u"][name] - log_p["expectation"][name]) < 0.2
@@ -474,13 +472,14 @@ def test_generation_when_z_is_ignored(tmp_path):
     model = Renderer(data, [0, 1, 2, 3])
     model.decode = lambda z: model.x[:1].expand(len(z), -1, -1, -1)
     found = evaluate.generation(model, data, torch.arange(240), model.z.double().numpy(), 240, 0)
+    right, _, images = found.values()
     for kind in ("redrawn", "shuffled", "set"):
-        row = found["read as asked"][f"decoder, {kind}"]
+        row = right[f"decoder, {kind}"]
         assert row["all at once"] < 0.05 and sum(row.values()) / 5 < 0.35
-        assert found["images"][f"decoder, {kind}"]["Frechet"] > 2 * found["images"]["real"]["Frechet"]
+        assert images[f"decoder, {kind}"]["Frechet"] > 2 * images["real"]["Frechet"]
     error = (model.x - model.x[:1]).square().mean()
-    torch.testing.assert_close(found["images"]["decoder, redrawn"]["error"], error)
-    shown = found["images"]["decoder, redrawn"]
+    torch.testing.assert_close(images["decoder, redrawn"]["error"], error)
+    shown = images["decoder, redrawn"]
     assert shown["values"] == pytest.approx(4 / data.sizes.sum().item())
     pairs = [a * b for k, a in enumerate(data.factor_sizes) for b in data.factor_sizes[:k]]
     assert shown["pairs"] == pytest.approx(6 / sum(pairs))
@@ -541,13 +540,15 @@ def test_generate_flag(tmp_path, capsys, monkeypatch, small_classifier, model):
     assert "decoder, shuffled" in capsys.readouterr().out
     text = path.with_name("metrics.json").read_text()
     made = json.loads(text)["generation"]
+    right, *_, images = made.values()
     networks = ["decoder"] + ["diffusion"] * (model == "idiff")
     kinds = ["redrawn", "shuffled", "set"]
     asked = [f"{network}, {kind}" for network in networks for kind in kinds]
-    assert set(made["read as asked"]) == {"classifier", "real", *asked}
+    assert set(right) == {"classifier", "real", *asked}
     names = ["factor 0", "factor 2", "factor 3", "factor 4", "all at once"]
-    assert all(list(row) == names for row in made["read as asked"].values()) and made["n"] == 12
-    assert {"real", *asked} <= set(made["images"])
+    assert all(list(row) == names for row in right.values())
+    assert "read as asked, n = 12" in made
+    assert {"real", *asked} <= set(images)
     evaluate.main([*flags])
     assert path.with_name("metrics.json").read_text() == text
 
@@ -563,9 +564,10 @@ def test_without_factors_the_distance_of_the_encoders_features_is_all(tmp_path):
     rows = torch.arange(80)
     codes = model.encode(data.images(rows))[0].double().numpy()
     found = evaluate.generation(model, data, rows, codes, 30, 0)
-    assert not found["read as asked"] and not found["log P(value|u), nats"]
-    assert all(row["Frechet"] > 0 and len(row) == 2 for row in found["images"].values())
-    assert set(found["images"]) == {"real", "real, of u", "decoder, redrawn", "decoder, shuffled",
+    assert list(found) == ["images, n = 30"]
+    [images] = found.values()
+    assert all(row["Frechet"] > 0 and len(row) == 2 for row in images.values())
+    assert set(images) == {"real", "real, of u", "decoder, redrawn", "decoder, shuffled",
                                     "decoder, p(z|u)"}
     assert "Frechet" in evaluate.format_generation(found)
 
