@@ -534,7 +534,7 @@ def features(net, x):
 
 
 def frechet(a, b):
-    """Frechet distance of Gaussians fitted to features (N, F) and (M, F), as a share of b's variance.
+    """Frechet distance of Gaussians of features (N, F) and (M, F), as a share of b's variance.
 
     It is FID's formula, but not FID, whose features are another network's. Source: Heusel et al.
     2017.

@@ -394,8 +394,8 @@ def save_images(folder, images, z, u):
         Image.fromarray(image.squeeze()).save(folder / f"{k:05}.png")
 
 
-def start(args):
-    """Draw what the flags name; returns the paths of the pictures."""
+def check_flags(args):
+    """ValueError unless the numbers of flags can be, and flags of new images have some."""
     for name, least in (("columns", 2), ("steps", 1), ("seed", 0), ("sample", 1), ("like", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -404,6 +404,10 @@ def start(args):
     if not args.sample and asked != [None] * 3:
         raise ValueError("--from, --like and --set belong to --sample N; --set also to --image.")
 
+
+def start(args):
+    """Draw what the flags name; returns the paths of the pictures."""
+    check_flags(args)
     idiff.use_free_cores()
     device = idiff.pick_device(args.device)
     model, data = idiff.open_checkpoint(args.checkpoint, device, args.data)
