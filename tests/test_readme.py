@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,7 +101,7 @@ def test_readme_commands_and_blocks_run_in_order(tmp_path, monkeypatch, shapes3d
     monkeypatch.chdir(tmp_path)
     for script, *flags in readme_commands():
         name = script.removesuffix(".py")
-        if not re.search(r"NAME|\*|\.npz|\.json", " ".join(flags)):
+        if not re.search(r"NAME|\*|\.npz|\.json|digits", " ".join(flags)):
             one_trial = ["--trials", "1"] * ("--search" in flags)
             SCRIPTS[name].main([*flags, *SMALL[name].split(), *one_trial])
 
@@ -116,7 +116,7 @@ def test_readme_commands_and_blocks_run_in_order(tmp_path, monkeypatch, shapes3d
 
 def test_example_of_ones_own_u_is_as_described(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(block_after("### Your data"), {})
+    exec(block_after("have scales of their own in each of 20 segments"), {})
     data = idiff.load_data("my.npz")
     assert data.factor_sizes == (13, 13) and data.image_shape == (1, 16, 16)
     rows = torch.arange(0, 6000, 7)
@@ -130,13 +130,30 @@ def test_example_of_ones_own_u_is_as_described(tmp_path, monkeypatch):
 def test_example_of_ones_own_u_trains_and_is_measured(tmp_path, monkeypatch):
     """README's own command on README's own file, with fewer steps."""
     monkeypatch.chdir(tmp_path)
-    exec(block_after("### Your data"), {})
+    exec(block_after("have scales of their own in each of 20 segments"), {})
     [flags] = [flags for script, *flags in readme_commands()
                if script == "train.py" and "my.npz" in flags and "ivae" in flags]
     train.main([*flags, "--steps", "2", "--width", "8", "--device", "cpu", "--out", "run"])
     assert idiff.load_checkpoint("run/ckpt.pt").cfg.u == "own"
     [report] = evaluate.main(["run/ckpt.pt", "--no-dci", "--n", "500", "--device", "cpu"])
     assert report["data"].startswith("my.npz") and 0 <= report["metrics"]["mig"] <= 1
+
+
+@pytest.mark.usefixtures("pictures")
+def test_example_of_digits_is_told_whether_seeds_agree(tmp_path, monkeypatch, capsys):
+    """README's own commands on README's own file, with fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    exec(block_after("These are scikit-learn's"), {})
+    small = {"train.py": "--steps 2 --width 8 --device cpu", "evaluate.py": "--device cpu",
+             "interpolate.py": "--device cpu --columns 2"}
+    commands = [(script, flags) for script, *flags in readme_commands()
+                if any("digits" in flag for flag in flags)]
+    assert [script for script, _ in commands] == ["train.py"] * 2 + ["evaluate.py",
+                                                                     "interpolate.py"]
+    for script, flags in commands:
+        SCRIPTS[script.removesuffix(".py")].main([*flags, *small[script].split()])
+    assert "Agreement with runs/digits-0/ckpt.pt" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "digits-0" / "classes.png").exists()
 
 
 def test_a_folder_is_listed_as_described(tmp_path):
@@ -261,8 +278,8 @@ def test_hack_of_the_log(hacked, monkeypatch, tmp_path):
 
     def init(**about):
         begun.append(about)
-        library.run = about
-    library.init, library.log = init, told.append
+        library.run = SimpleNamespace(name=about["name"])
+    library.init, library.log, library.finish = init, told.append, lambda: None
     monkeypatch.setitem(sys.modules, "wandb", library)
     hacked(HACKS["another logger"])
     written = log_of(tmp_path / "run")
