@@ -903,8 +903,6 @@ PREDICTIONS.update(residual=PredictResidual, eps=PredictEps)
 class IDiff(nn.Module):
     """The joint model of Eq. 2. cfg.model "vae" and "ivae" have no U-Net: unet is None."""
 
-    MOVED = (0.125, 0.5)                                       # share of z, and how far, see move
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -965,31 +963,23 @@ class IDiff(nn.Module):
         # diffusion is given what it is given in use: q's mean and the decoder's image of it. Or, as
         # in the paper, a sample, through which the encoder learns, too. The decoder never does.
         if self.unet is not None and n_ddpm:
-            x = x[:n_ddpm]
             if sampled:
                 z = z[:n_ddpm]
                 x_hat = x_hat[:n_ddpm].detach()
             else:
                 z = q.mean[:n_ddpm].detach()
-                z, moved = self.move(z)
                 with torch.no_grad():
                     x_hat = self.decoder(z)
-                x = torch.where(moved[:, None, None], x_hat, x)
+
+                # off the codes of images, as between two values in a traversal, x_hat is to be
+                # trusted: every fourth z is moved there, x_hat is not
+                spread = z.std(dim=0, correction=0)
+                z[::4] += 0.5 * spread * torch.randn_like(z[::4])
+            x = x[:n_ddpm]
             x_t = self.sde.add_noise(x, eps, t)
             x_0 = self.denoise(x_t, t, z, x_hat)
             terms["ddpm"] = self.prediction.error(x_0, x, t).square().mean()
         return terms
-
-    def move(self, z):
-        """z (B, D), some moved off the codes of images, and which, (B, 1) bool.
-
-        No image tells what z between two codes looks like, as in a traversal or drawn from p(z|u).
-        Diffusion learns to draw there what the decoder does; it would draw speckles.
-        """
-        share, distance = self.MOVED
-        moved = torch.rand(len(z), 1, device=z.device) < share
-        spread = z.std(dim=0, correction=0)
-        return z + moved * distance * spread * torch.randn_like(z), moved
 
     def latent_terms(self, q, z, u):
         """The terms that compare q(z|x) with p(z|u), a dict of scalars.
