@@ -462,7 +462,7 @@ def start(args):
             write_gif(path, traversals)
             paths.append(path)
     if not paths:
-        raise ValueError("no picture could be drawn.")
+        raise ValueError(f"no picture could be drawn in '{out}'.")
     return paths
 
 

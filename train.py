@@ -74,8 +74,7 @@ def build_parser():
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     add("--out", type=path,
-        help="folder of the run, where the same command goes on with it (default: a new one, "
-        "runs/MODEL-sSEED or search-KIND)")
+        help="folder of the run, in which the same command goes on (default: a new one in runs)")
     add("--resume", type=path, metavar="CKPT",
         help="go on with the run of this checkpoint, in its folder or in --out")
     add("--freeze-ivae", type=path, metavar="CKPT",
@@ -774,6 +773,8 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
             saving = done % save_every == 0 or done == cfg.steps or stopping
             if done % log_every == 0 or saving:            # the only wait for the device
                 record = mean_over_ranks(numbers)
+                if saving and cfg.model != "vae" and done <= cfg.ivae_steps and RANK == 0:
+                    record["held-out contrast"] = held_out_contrast(ema, data)
                 if not all(map(math.isfinite, record.values())):
                     kept = "No checkpoint was written yet"
                     if os.path.exists(path):
@@ -781,8 +782,6 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
                     raise ValueError(f"not finite at step {done}: {record}. {kept}; try a smaller "
                                      "--lr, or --precision float32.")
                 if RANK == 0:
-                    if saving and cfg.model != "vae" and done <= cfg.ivae_steps:
-                        record["held-out contrast"] = held_out_contrast(ema, data)
                     log(out, {"step": done, **record, "seconds": round(time.time() - started)})
                 bar.set_postfix(record, refresh=False)
                 pace.look((done > cfg.settle_steps, done > cfg.ivae_steps), done)
