@@ -37,6 +37,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +158,10 @@ class Config:
         # a prior needs a u that it can read
         if self.u_dim == 0 and (self.model != "vae" or self.u != "own"):
             raise ValueError(f"u '{self.u}' has nothing to tell: the data have {self.n_factors} "
-                             f"factors of 2 to 1,000 values and {self.n_u} columns of u.")
+                             f"factors of 2 to 1,000 values and {self.n_u} columns of u. Pass a "
+                             "--u that the data have; if they are a full grid of factors without "
+                             "labels, --factor-sizes; a factor may have 1,000 values at most. "
+                             "Without u and factors only --model vae --u own can be trained.")
         if self.prior == "known":
             self.kind_of_u.unpack(torch.zeros(1, self.u_dim))
 
@@ -324,7 +328,7 @@ def widened(h):
 def mlp(*widths):
     """Linear layers from each width to the next, SiLU between them."""
     layers = []
-    for c_in, c_out in zip(widths, widths[1:]):
+    for c_in, c_out in pairwise(widths):
         layers += [nn.Linear(c_in, c_out), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -581,7 +585,7 @@ class ScoreUNet(nn.Module):
         self.grow = nn.ModuleList()
         self.up = nn.ModuleList()
         widths = [f] + [2 * f] * cfg.halvings
-        for w, w_next in zip(widths, widths[1:]):
+        for w, w_next in pairwise(widths):
             self.down.append(ResBlock(w, w, c_emb))
             self.halve.append(nn.Conv2d(w, w_next, 3, stride=2, padding=1))
             self.grow.insert(0, nn.Conv2d(w_next, w, 3, padding=1))
@@ -713,7 +717,7 @@ def x0_from_eps(x, eps_hat, t, sde):
 def sample_em(eps_fn, x, ts, sde, noise=None):
     """Reverse SDE by Euler-Maruyama; calls eps_fn S times. Source: Song et al. 2021, Eq. 6."""
     check_stochastic(noise, ts)
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         score = -eps_fn(x, t.expand(len(x))) / sde.sigma(t)
         g2h = sde.beta(t) * (t - t_next)
         x = x + g2h * (0.5 * x + score) + g2h.sqrt() * noise()
@@ -728,7 +732,7 @@ def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
     Song et al. 2021, Alg. 3 and 5, with norms of one image, not means over its batch.
     """
     check_stochastic(noise, ts)
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         # corrector: a step whose noise and score have the ratio snr
         score = -eps_fn(x, t.expand(len(x))) / sde.sigma(t)
         eps = noise()
@@ -749,7 +753,7 @@ def sample_ddim(eps_fn, x, ts, sde, noise=None, *, eta=0.0):
     """
     if eta > 0:
         check_stochastic(noise, ts)
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         eps_hat = eps_fn(x, t.expand(len(x)))
 
         # how much of the noise at t_next is drawn anew
@@ -772,7 +776,7 @@ def sample_heun(eps_fn, x, ts, sde, noise=None):
     def slope(x, t):
         return -0.5 * sde.beta(t) * (x - eps_fn(x, t.expand(len(x))) / sde.sigma(t))
 
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         first = slope(x, t)
         second = slope(x + (t_next - t) * first, t_next)
         x = x + (t_next - t) * 0.5 * (first + second)
@@ -786,7 +790,7 @@ def sample_dpmpp(eps_fn, x, ts, sde, noise=None):
     Its first step is DDIM. noise is not used. Source: Lu et al. 2022 (2211.01095), Alg. 2.
     """
     x0_prev = h_prev = None
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         x0 = x0_from_eps(x, eps_fn(x, t.expand(len(x))), t, sde)
         h = sde.lam(t_next) - sde.lam(t)
 
@@ -1335,11 +1339,13 @@ class Data:
         self.grid = 2 * value / last.clamp(min=1) - 1                          # (K, V)
         self.grid[value > last] = math.inf                                     # no such value
 
-        # a grid with gaps: its rows, sorted by the number they would have on the full grid
+        # rows, sorted by their number; a grid with gaps lacks some of these
         self.table = None
         if factors is None and u is not None and not sizes:
             factors = torch.zeros(len(u), 0, dtype=torch.int64)
-        if factors is not None:
+        if factors is None:
+            self.numbers = self.order = torch.arange(math.prod(self.factor_sizes), device=device)
+        else:
             self.table = torch.as_tensor(factors, device=device)
             self.numbers, self.order = (self.table * self.strides).sum(dim=1).sort()
             self.distinct = self.numbers.unique()              # (G,), the combinations that exist
@@ -1352,9 +1358,7 @@ class Data:
         self.held_out, self.trained = order.tensor_split([min(max(n // 20, 64), 5000, n // 2)])
 
     def __len__(self):
-        if self.table is None:
-            return math.prod(self.factor_sizes)
-        return len(self.table)
+        return len(self.order)
 
     def factors(self, rows):
         """(B, K) int64, the index of each factor's value, for rows (B,)."""
@@ -1730,19 +1734,17 @@ def use_free_cores():
     if "OMP_NUM_THREADS" in os.environ or not os.path.exists("/proc/stat"):
         return
 
-    def ticks():                                               # of all cores, since they started
+    def ticks():                                               # user, nice, system, idle, waiting, ..
         counts = Path("/proc/stat").read_text().split()[1:9]
-        user, nice, system, idle, waiting, *others = map(int, counts)
-        return idle + waiting, user + nice + system + sum(others)
+        return np.array(counts, int)                           # of all cores, since they started
 
-    free, used = ticks()
+    before = ticks()
     time.sleep(0.3)
-    free_then, used_then = ticks()
-    free = free_then - free
-    share = free / max(1, free + used_then - used)
+    passed = ticks() - before
+    free = passed[3:5].sum() / max(1, passed.sum())
 
     usual = torch.get_num_threads()
-    threads = min(usual, max(1, round(share * os.cpu_count())))
+    threads = min(usual, max(1, round(free * os.cpu_count())))
     if threads < usual:
         torch.set_num_threads(threads)
         print(f"Other programs are busy, so torch uses {threads} of {usual} threads. Set "
@@ -1817,16 +1819,12 @@ def panels(n, size=(6, 1.6)):
 def save_grid(file, images, rows, columns):
     """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""
     from matplotlib.figure import Figure
-    try:
-        from torchvision.utils import make_grid
-    except (ImportError, RuntimeError) as error:               # one that was made for another torch
-        raise ImportError(f"torchvision does not fit torch {torch.__version__}: {error}. Try: pip "
-                          "install -r requirements.txt") from None
     n_rows = len(rows)
     n_columns = len(columns)
     pixels = (images.cpu().clamp(-1, 1) * 127.5 + 127.5).round().byte()
     pixels = F.pad(pixels, [1] * 4, value=255)                 # half a gap around each
-    grid = make_grid(pixels, n_columns, padding=0).permute(1, 2, 0).numpy()    # (.., .., 3)
+    cells = pixels.expand(-1, 3, -1, -1).unflatten(0, (n_rows, n_columns))
+    grid = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()    # (.., .., 3)
 
     # whole multiples of a pixel, so that all are shown equally large
     zoom = max(1, round(128 / images.shape[-1]))

@@ -889,7 +889,7 @@ def test_losses_of_an_ivae_are_drawn_though_none_is_the_unets(tmp_path):
     assert (tmp_path / "losses.png").is_file()
 
 
-def test_a_torchvision_that_does_not_fit_costs_the_grids_and_is_told_in_a_line(tmp_path, tiny_npz):
+def test_a_torchvision_that_does_not_fit_costs_nothing(tmp_path, tiny_npz):
     """One made for another torch raises as it is imported."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(
@@ -898,9 +898,8 @@ def test_a_torchvision_that_does_not_fit_costs_the_grids_and_is_told_in_a_line(t
     done = subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    [told] = [line for line in done.stderr.splitlines() if "samples.png is missing" in line]
-    assert "torchvision does not fit torch" in told and "requirements.txt" in told
-    assert (tmp_path / "run" / "losses.png").exists()
+    assert "missing" not in done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"losses.png", "samples.png"}
 
 
 # ---- data of one's own ----
