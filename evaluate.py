@@ -82,6 +82,11 @@ def equal_bins(values, n_bins):
     return np.digitize(values, left_edges) - 1
 
 
+def array(x):
+    """A tensor on any device as an array."""
+    return x.cpu().numpy()
+
+
 def as_numbers(a, name):
     """An array or tensor as float64 (N, columns); ValueError unless its numbers are finite."""
     if torch.is_tensor(a):
@@ -231,9 +236,8 @@ def order_of_rows(importance, metric, wanted):
 
 def dci_of_importance(importance):
     """Disentanglement and completeness of an importance matrix (D, K), a dict; 0 for all zeros."""
-    disentanglement = order_of_rows(importance, "disentanglement", "two varying factors")
-    completeness = order_of_rows(importance.T, "completeness", "two latents")
-    return {"disentanglement": disentanglement, "completeness": completeness}
+    return {"disentanglement": order_of_rows(importance, "disentanglement", "two varying factors"),
+            "completeness": order_of_rows(importance.T, "completeness", "two latents")}
 
 
 def dci(codes, factors, seed=0, n_bins=20):
@@ -375,7 +379,7 @@ def measure_prior(model, data, rows, samples, every_u, own):
     """
     # how much of u is told, and of how much
     values, number = different(every_u)
-    number = number[own].cpu().numpy()
+    number = array(number[own])
     u = every_u[own]
     x = data.images(rows)
     q = model.encoder(x)
@@ -385,11 +389,11 @@ def measure_prior(model, data, rows, samples, every_u, own):
     result = {"n": len(rows), "information": told, "error": error,
               "at_most": entropies(number[:, None])[0], "different_u": len(values),
               "reconstruction_error": squares(x_hat - x).mean()}
-    arrays = {"samples": samples, "u": u.cpu().numpy(), "number": number}
+    arrays = {"samples": samples, "u": array(u), "number": number}
 
     # how far p(z|u) is right, and what it can identify
     if model.cfg.latent == "gaussian":
-        fit = (samples - p.mean.cpu().numpy()) / p.stddev.cpu().numpy()
+        fit = (samples - array(p.mean)) / array(p.stddev)
         arrays["fit"] = fit
         result.update(fit_mean=fit.mean(axis=0), fit_std=fit.std(axis=0),
                       **identifiable(model.prior(values), model.cfg.zero_means))
@@ -528,7 +532,7 @@ def features(net, x):
 
 
 def frechet(a, b):
-    """Frechet distance of Gaussians fitted to features (N, F) and (M, F), as a share of b's variance.
+    """Frechet distance of Gaussians fitted to features a (N, F) and b (M, F), by b's variance.
 
     It is FID's formula, but not FID, whose features are another network's. Source: Heusel et al.
     2017.
@@ -568,10 +572,13 @@ def recombined(codes, y, n, seed):
     that of another row. Set: each that matches a factor is at the median code of the rows with that
     row's value. A factor that no latent matches has -1.
     """
+    # another row for each latent
     index = np.random.default_rng(seed).integers(len(codes), size=(n, codes.shape[1]))
     z = np.take_along_axis(codes, index, axis=0)
     wanted = np.full((n, y.shape[1]), -1)
     kinds = {"redrawn": (codes[:n], y[:n]), "shuffled": (z, wanted)}
+
+    # the values of those rows, by the latents that match a factor
     if y.size:
         z = z.copy()
         for i, k in zip(*match(mutual_information(codes, y))):
@@ -595,19 +602,13 @@ def render(model, z, start, steps=20, sampler="dpmpp", seed=0, keeps_noise=False
         raise ValueError(f"--sampler {sampler} adds noise and so cannot keep an image's own.")
 
     # ten at a time
-    ts = idiff.time_grid(steps, model.sde).to(z)
     start = start.expand(len(z), *start.shape[1:])
     batches = list(zip(z.split(10), start.split(10)))
     parts = []
     for part, begin in progress(batches, "diffusion, 10 images each"):
-        if keeps_noise:
-            solve = idiff.SAMPLERS[sampler]
-            x = solve(model.eps_fn(part), begin, ts, model.sde).clamp(-1, 1)
-        else:
-            seeds = [seed + 1] * len(part)                     # the same for every image
-            noise = idiff.seeded_noise(seeds, begin.shape[1:], begin.device)
-            x = model.sample(part, begin, steps, sampler, noise)
-        parts.append(x)
+        seeds = [seed + 1] * len(part)                         # the same for every image
+        noise = idiff.seeded_noise(seeds, begin.shape[1:], begin.device)
+        parts.append(model.sample(part, begin, steps, sampler, noise, last=not keeps_noise))
     pictures["diffusion"] = torch.cat(parts)
     return pictures
 
@@ -626,7 +627,7 @@ def generation(model, data, rows, codes, n, seed):
     """
     cfg = model.cfg
     n = min(n, len(rows))
-    y = data.factors(rows)[:, data.varied].cpu().numpy()       # (N, K)
+    y = array(data.factors(rows)[:, data.varied])       # (N, K)
     kinds = recombined(codes, y, n, seed)
 
     # z of p(z|u), unless the data are not the model's
@@ -644,11 +645,12 @@ def generation(model, data, rows, codes, n, seed):
     right, log_p, quality = {}, {}, {}
     if y.size:
         net, read, hits = train_reader(data, seed)
-        right["classifier"] = shares(hits.cpu().numpy(), names)
+        right["classifier"] = shares(array(hits), names)
         if "p(z|u)" in kinds and cfg.u != "own":
             chances = chances_given_u(data, **cfg.kind_of_u.unpack(u[:n]))
             log_p["expectation"] = dict(zip(names, -chances.entropy().mean(dim=0)))
 
+    # the images of each kind, then real ones that are drawn alike
     for kind, (z, wanted) in kinds.items():
         of_u = wanted is None
         alike, reference = drawn.split(n) if of_u else (rows[:n], others)
@@ -668,7 +670,7 @@ def generation(model, data, rows, codes, n, seed):
             seen = read(image)                                 # (n, K)
             quality[name].update(looks(image, seen, data))
             if not of_u:
-                right[name] = shares(seen.cpu().numpy() == wanted, names)
+                right[name] = shares(array(seen) == wanted, names)
             elif log_p:
                 log_p[name] = dict(zip(names, chances.log_prob(seen).mean(dim=0)))
     found = {"read as asked": right, "log P(value|u), nats": log_p, "images": quality}
@@ -742,13 +744,13 @@ def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name
         result["generation"] = generation(model, data, rows, codes, generate, seed)
 
     if data.factor_names:
-        factors = data.factors(rows).cpu().numpy()
+        factors = array(data.factors(rows))
         drawn = others if modulated else others[:0]
-        factors_drawn = data.factors(drawn).cpu().numpy()
+        factors_drawn = array(data.factors(drawn))
         draws = {}
         if modulated:
             # u as if it were a code: its centres, or else its scales, which come before
-            u = every_u[:, -len(data.varied):].cpu().numpy()
+            u = every_u[:, -len(data.varied):]
             draws = {"encoder_on_draws": (codes_others, factors_drawn),
                      "u_on_draws": (u, factors_drawn)}
         result.update(measure(codes, factors, data.factor_names, draws, seed, n_bins, trees))
@@ -851,7 +853,7 @@ def write_report(result, folder):
             pictures["fit"] = draw_fit
     for name, draw in pictures.items():
         with drawing(folder / f"{name}.png") as picture:
-            draw(result).savefig(picture, dpi=150)
+            draw(result).savefig(picture)
 
 
 def format_report(r):
@@ -999,10 +1001,10 @@ def draw_latents(r):
     from matplotlib import colormaps
     share = np.nan_to_num(np.array(r["mi_over_h"], float))     # None is NaN
     shown = np.sort(share.max(axis=1).argsort()[::-1][:40])
-    figure, axes = idiff.panels(len(shown))
+    figure, panels = idiff.panels(shown)
     names = list(r["per_factor"])
     arrays = r["arrays"]
-    for i, ax in zip(shown, axes):
+    for i, ax in panels:
         j = share[i].argmax()
         name = names[j]
         z = arrays["samples"][:, i]
@@ -1023,24 +1025,24 @@ def draw_factors(r):
     """Share of each value of each factor, among the rows and in modulated draws."""
     names = list(r["per_factor"])
     arrays = r["arrays"]
-    figure, axes = idiff.panels(len(names))
-    for j, ax in enumerate(axes):
+    figure, panels = idiff.panels(names)
+    for j, (name, ax) in enumerate(panels):
         shown = {"rows as they are": arrays["factors"][:, j]}
         if len(arrays["drawn"]):
             shown["modulated draws"] = arrays["drawn"][:, j]
         last = max(column.max() for column in shown.values())
         edges = np.arange(last + 2) - 0.5
         ax.hist(list(shown.values()), edges, density=True, label=list(shown))
-        ax.set(xlabel=f"share of each {names[j]}, by index", xticks=edges[1::2] - 0.5)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
+        ax.set(xlabel=f"share of each {name}, by index", xticks=edges[1::2] - 0.5)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center")
     return figure
 
 
 def draw_information(r):
     """The matrix MI/H."""
-    share = np.array(r["mi_over_h"], float)
     names = list(r["per_factor"])
-    figure, [ax] = idiff.panels(1, (1.6 + 0.9 * len(names), 4.5))
+    figure, [(share, ax)] = idiff.panels([np.array(r["mi_over_h"], float)],
+                                         (1.6 + 0.9 * len(names), 4.5))
     draw_matrix(ax, share, range(len(share)), names)
     ax.set(ylabel="latent", title="mutual information / entropy")
     return figure
@@ -1050,9 +1052,8 @@ def draw_latents_by_u(r):
     """Samples of 40 latents at most, by the index of u, or where more than 50 are different by the
     column of u that each latent follows most."""
     arrays = r["arrays"]
-    shown = arrays["samples"].T[:40]
-    figure, axes = idiff.panels(len(shown), (6, 2))
-    for i, (z, ax) in enumerate(zip(shown, axes)):
+    figure, panels = idiff.panels(arrays["samples"].T[:40], (6, 2))
+    for i, (z, ax) in enumerate(panels):
         x = arrays["number"]
         name = "index of u"
         if r["prior"]["different_u"] > 50:
@@ -1068,7 +1069,7 @@ def draw_latents_by_u(r):
 def draw_told(r):
     """What each latent, and all together, tell of u, as bars."""
     told = r["prior"]["information"]
-    figure, [ax] = idiff.panels(1, (3 + 0.4 * len(told), 3.5))
+    figure, [(_, ax)] = idiff.panels([told], (3 + 0.4 * len(told), 3.5))
     ax.bar([*latent_names(range(len(told) - 1)), "all"], told, yerr=r["prior"]["error"], capsize=3)
     ax.axhline(r["prior"]["at_most"], color="black", linestyle=":")
     ax.set(ylabel="nats", title="what latents tell of u;\ndotted: all there is to tell")
@@ -1077,10 +1078,9 @@ def draw_told(r):
 
 def draw_fit(r):
     """40 latents at most in units of p(z|u), beside the normal curve that they are to follow."""
-    fit = r["arrays"]["fit"].T[:40]
-    figure, axes = idiff.panels(len(fit))
+    figure, panels = idiff.panels(r["arrays"]["fit"].T[:40])
     w = np.linspace(-5, 5, 101)
-    for i, (z, ax) in enumerate(zip(fit, axes)):
+    for i, (z, ax) in enumerate(panels):
         ax.hist(z.clip(-5, 5), w[::4], density=True)
         ax.plot(w, np.exp(-w**2 / 2) / np.sqrt(2 * np.pi), "k")
         ax.set(yticks=[], xlabel=f"z{i}: mean {z.mean():.2f}, std {z.std():.2f}")
@@ -1092,8 +1092,8 @@ def draw_agreement(a):
     """|rho| of the latents of the first run and of each other, in the order of their match."""
     first, *others = a["files"]
     n = len(a["per_latent"])
-    figure, axes = idiff.panels(len(others), (3 + 0.7 * n, 1.8 + 0.4 * n))
-    for name, pair, ax in zip(others, a["pairs"], axes):
+    figure, panels = idiff.panels(others, (3 + 0.7 * n, 1.8 + 0.4 * n))
+    for (name, ax), pair in zip(panels, a["pairs"]):
         rho = np.array(pair["rho"])
         i, j = pair["matched"]
         rows = [*i, *np.delete(np.arange(n), i)]
@@ -1160,6 +1160,8 @@ def start(args):
     if len({path.resolve().parent for path in measured}) < len(measured):
         raise ValueError("two of the paths lie in one folder, which holds one report. Pass them "
                          "one by one, each with --out, then their metrics.json.")
+
+    # a report of each
     results = []
     for path in args.paths:
         folder = path.parent if many else args.out or path.parent
@@ -1173,6 +1175,7 @@ def start(args):
             write_report(result, folder)
             print(f"metrics.json and pictures are in {folder}")
 
+    # what many reports have in common
     if many:
         found = agreements(results)
         text = format_tables(results) + "".join(map(format_agreement, found))
@@ -1185,7 +1188,7 @@ def start(args):
             name = f"agreement-{k + 1}" if k else "agreement"
             (folder / f"{name}.json").write_text(json.dumps(each, indent=1) + "\n", "utf-8")
             with drawing(folder / f"{name}.png") as picture:
-                draw_agreement(each).savefig(picture, dpi=150)
+                draw_agreement(each).savefig(picture)
     return results
 
 

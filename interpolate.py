@@ -36,7 +36,7 @@ def build_parser():
     add("--like", type=int, metavar="ROW", help="draw new images from the data's own u of this row")
     add("--set", nargs="+", type=assignment, metavar="NAME=VALUE",
         help="give new images, or --image, these values of factors, as they stand in the data")
-    add("--image", nargs=1, metavar="IMAGE", help="redraw and traverse this image")
+    add("--image", metavar="IMAGE", help="redraw and traverse this image")
     add("--swap", nargs=2, metavar=("A", "B"), help="put latents of image B into image A")
     add("--between", nargs=2, metavar=("A", "B"), help="interpolate: z linearly, noise on a sphere")
     add("--latents", nargs="+", metavar="NAME",
@@ -157,7 +157,7 @@ def with_values(z, values, data, known):
             raise ValueError(f"{factor} goes from {seen.min()} to {seen.max()}, got {value}.")
         z[:, i] = float(codes_of_values(value, codes[:, i].cpu().numpy(), seen))
         miss += abs(seen - value)
-    return z, rows[torch.from_numpy(miss == miss.min()).to(rows.device)]
+    return z, rows[np.flatnonzero(miss == miss.min())]
 
 
 # ---- From latents to images ----
@@ -321,8 +321,8 @@ def classes(model, data, columns=10, **how):
     how: as in sample. Diffusion draws them, or the decoder where it is alone.
     """
     # the first row with each u, in the order of one-hot columns
-    _, which = data.u.unique(dim=0, return_inverse=True)
-    rows = [(which == k).nonzero()[0].item() for k in which.unique().flip(0)]
+    _, first = np.unique(data.u.cpu(), axis=0, return_index=True)
+    rows = first[::-1].tolist()
     images = []
     for row in rows:
         made, networks, _ = sample(model, data, columns, like=row, **how)
@@ -346,8 +346,8 @@ def true_factors(data, row, columns=10):
         rows = np.flatnonzero(np.delete(same, k, axis=1).all(axis=1))          # the others same
         _, first = np.unique(factors[rows, k], return_index=True)
         shown = np.unique(np.linspace(0, len(first) - 1, columns).round().astype(int))
-        chosen = torch.from_numpy(rows[first[shown]])
-        images[:len(shown)] = data.images(chosen.to(data.device))
+        chosen = torch.tensor(rows[first[shown]], device=data.device)
+        images[:len(shown)] = data.images(chosen)
 
     labels = [f"{data.factor_names[k]}\n{data.factor_sizes[k]} values" for k in varied]
     return grid.flatten(0, 1), labels, [""] * columns
@@ -377,8 +377,7 @@ def save_images(folder, grid, z, u):
     from PIL import Image
     images, networks, _ = grid
     *_, new, _ = images.unflatten(0, (len(networks), -1))                      # the last are real
-    pixels = (new.clamp(-1, 1) * 127.5 + 127.5).round().byte()
-    pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    pixels = idiff.to_pixels(new)
     told = {} if u is None else {"u": u.cpu()}
     np.savez(f"{folder}.npz", images=pixels, z=z.cpu(), **told)
     idiff.try_folder(folder)
@@ -386,8 +385,8 @@ def save_images(folder, grid, z, u):
         Image.fromarray(image.squeeze()).save(folder / f"{k:05}.png")
 
 
-def start(args):
-    """Draw what the flags name; returns the paths of the pictures."""
+def check_flags(args):
+    """ValueError unless the flags go together."""
     for name, least in (("columns", 2), ("steps", 1), ("seed", 0), ("sample", 1), ("like", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -396,6 +395,10 @@ def start(args):
     if not args.sample and asked != [None] * 3:
         raise ValueError("--from, --like and --set belong to --sample N; --set also to --image.")
 
+
+def start(args):
+    """Draw what the flags name; returns the paths of the pictures."""
+    check_flags(args)
     idiff.use_free_cores()
     device = idiff.pick_device(args.device)
     model, data = idiff.open_checkpoint(args.checkpoint, device, args.data)
@@ -416,7 +419,9 @@ def start(args):
     # new images
     grids = {}
     if args.sample:
-        what = {"how": args.how, "like": args.like, "values": values}
+        what = {"how": args.how,
+                "like": args.like,
+                "values": values}
         grids["sample"] = sample(model, data, args.sample, **seeded, **what)
         z, u, _ = draw_codes(model, data, args.sample, **what, seed=args.seed)
         save_images(out / f"sample-{args.sample}", grids["sample"], z, u)
@@ -425,7 +430,7 @@ def start(args):
 
     # edits of given images
     if args.image:
-        grids["image"] = redraw(model, data, *args.image, values=values, **seeded)
+        grids["image"] = redraw(model, data, args.image, values=values, **seeded)
     if args.swap:
         grids["swap"] = swap(model, data, *args.swap, **which)
     if args.between:
@@ -437,8 +442,7 @@ def start(args):
     traversals = {}
     kind = "image" if args.image else "traversal"
     if args.image or alone:
-        [base] = args.image or [None]
-        traversals = traverse(model, data, base, columns=args.columns, **which)
+        traversals = traverse(model, data, args.image, columns=args.columns, **which)
     grids.update({f"{kind}_{network}": grid for network, grid in traversals.items()})
     paths = []
     for name, grid in grids.items():

@@ -141,28 +141,39 @@ def recipe(data, size="small", paper=False, ivae=None, **changes):
     # what the data leave no choice of
     if data.u.numel() or not len(data.varied):
         values["u"] = "own"
+    shape = shape_of(data)
 
     # what a frozen iVAE leaves no choice of
-    fixed = {}
+    frozen = {}
     if ivae is not None:
         if ivae.cfg.model == "vae":
             raise ValueError("the model to freeze is a VAE: there is no p(z|u) to freeze.")
-        fixed = {name: getattr(ivae.cfg, name) for name in IVAE}
-        fixed.update(model="idiff", settle=0.0, unet_share=0.0)
+        frozen = {name: getattr(ivae.cfg, name) for name in IVAE}
+        frozen.update(model="idiff", settle=0.0, unet_share=0.0)
 
-    cfg = Config(**{**values, **fixed, **changes, **shape_of(data)})
-    for name, value in fixed.items():
+    try:
+        cfg = Config(**{**values, **frozen, **shape, **changes})
+    except ValueError as error:
+        if "nothing to tell" not in str(error):
+            raise
+        raise ValueError(f"{error} Pass a --u that the data have; if they are a full grid of "
+                         "factors without labels, --factor-sizes; a factor may have 1,000 values "
+                         "at most. Without u and factors only --model vae --u own can be "
+                         "trained.") from None
+    for name, value in [*frozen.items(), *shape.items()]:
         if getattr(cfg, name) != value:
-            raise ValueError(f"the frozen iVAE needs {name} {value}, got {getattr(cfg, name)}.")
+            raise ValueError(f"the data, or the frozen iVAE, need {name} {value}, got "
+                             f"{getattr(cfg, name)}. Leave it out; --image-size is for files.")
 
     # lengths and counts as they come out
-    steps = cfg.epochs * DRAWS_PER_EPOCH / cfg.batch_size
+    batch = cfg.batch_size
+    steps = cfg.epochs * DRAWS_PER_EPOCH / batch
     if cfg.model == "idiff":
         steps /= 1 - cfg.unet_share                            # the U-Net's come on top
     cfg = replace(cfg, steps=cfg.steps or max(1, round(steps)),
-                  rec_images=min(cfg.rec_images or cfg.batch_size, cfg.batch_size),
-                  ddpm_images=min(cfg.ddpm_images or cfg.batch_size, cfg.batch_size))
-    return replace(cfg, epochs=cfg.ivae_steps * cfg.batch_size / DRAWS_PER_EPOCH)
+                  rec_images=min(cfg.rec_images or batch, batch),
+                  ddpm_images=min(cfg.ddpm_images or batch, batch))
+    return replace(cfg, epochs=cfg.ivae_steps * batch / DRAWS_PER_EPOCH)
 
 
 def check_fit(cfg, data):
@@ -354,9 +365,8 @@ def restore(content, path, model, ema, optimizers):
 
         step = content["step"]
         log_size = content["log_size"]
-        if not type(step) is type(log_size) is int:
-            raise ValueError("its step or log_size is no whole number")
-        if not 0 < step <= model.cfg.steps or log_size < 0:
+        whole = type(step) is type(log_size) is int
+        if not whole or not 0 < step <= model.cfg.steps or log_size < 0:
             raise ValueError(f"step {step} of {model.cfg.steps}, a log of {log_size} bytes")
     except Exception as error:         # whatever torch raises, the file is at fault
         raise ValueError(f"'{path}' holds no state to resume from: {type(error).__name__}, "
@@ -673,16 +683,15 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
             log_size = content["log_size"]
 
     # the folder, once nothing can be wrong; only rank 0 writes
+    model.info = info
     claimed = nullcontext()
     if RANK == 0:
         out = out or make_folder(cfg)
         claimed = open_log(out, cfg, log_size)
-    model.info = info
-    ema.info = {**info, "out": out}
-    if RANK == 0:
         print(describe(data, model), flush=True)
         if resume:
             print(f"goes on with '{resume}' after step {first_step}", flush=True)
+    ema.info = {**info, "out": out}
 
     # train, then look at what came out
     with claimed:
@@ -865,14 +874,14 @@ def draw_losses(path, out):
         raise ValueError("log.jsonl, maybe not the run's own, holds no steps")
 
     # a panel for each; all end at the last step
-    figure, axes = idiff.panels(len(curves), (8, 2.2))
-    for axis, (name, points) in zip(axes, curves.items()):
-        steps, values = zip(*points)
+    figure, panels = idiff.panels(curves, (8, 2.2))
+    for name, axis in panels:
+        steps, values = zip(*curves[name])
         marker = "." if len(steps) < 10 else None          # a single point has no line
         axis.plot(steps, values, marker=marker)
         axis.set(title=f"{name} by step", xmargin=0, xlim=(0, step),
                  yscale="log" if min(values) > 0 else "linear")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
 @torch.no_grad()
@@ -1052,9 +1061,6 @@ def prepare(args, given):
     else:
         data = idiff.load_data(args.data or "shapes3d", device, given.get("image_size"),
                                args.factor_sizes)
-    side = data.image_shape[1]
-    if given.get("image_size", side) != side:
-        raise ValueError(f"--image-size resizes files; {data.name} has images of {side} pixels.")
     if args.factor_sizes not in (None, data.factor_sizes):
         raise ValueError(f"--factor-sizes {args.factor_sizes} is for .npz and .h5 files without "
                          f"factors; those of {data.name} have {data.factor_sizes or 'no'} values.")
