@@ -1469,7 +1469,7 @@ def load_data(name="shapes3d", device="cpu", image_size=None, factor_sizes=None)
 
 
 def read_file(path, device):
-    """{what KEYS name: array as stored} of an .h5 or .npz file. OSError, ValueError, MemoryError."""
+    """{what KEYS name: array} of an .h5 or .npz file. OSError, ValueError, MemoryError."""
     open(path, "rb").close()                                   # what forbids this tells itself
     try:
         if zipfile.is_zipfile(path):                           # the content decides, not the name
