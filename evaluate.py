@@ -82,6 +82,11 @@ def equal_bins(values, n_bins):
     return np.digitize(values, left_edges) - 1
 
 
+def array(x):
+    """A tensor on any device as an array."""
+    return x.cpu().numpy()
+
+
 def as_numbers(a, name):
     """An array or tensor as float64 (N, columns); ValueError unless its numbers are finite."""
     if torch.is_tensor(a):
@@ -129,12 +134,10 @@ def varying(factors):
 
 def mean_of(values, metric, wanted="a varying factor"):
     """Mean of the values that are not NaN; NaN and a warning if there are none."""
-    values = np.asarray(values)
-    values = values[~np.isnan(values)]
-    if not len(values):
+    if np.isnan(values).all():                   # also if there are no values
         warnings.warn(f"{metric} is undefined: it needs {wanted}.")
         return np.nan
-    return float(values.mean())
+    return float(np.nanmean(values))
 
 
 def entropies(factors):
@@ -164,10 +167,9 @@ def known_share(codes, factors, n_bins=20):
 
 def mig_per_factor(codes, factors, n_bins=20):
     """(I_1 - I_2) / H of each factor's two best latents, (K,), Eq. 1; I_2 = 0 if there is one."""
-    ranked = np.sort(known_share(codes, factors, n_bins), axis=0)
-    if len(ranked) == 1:                         # no second latent
-        return ranked[0]
-    return ranked[-1] - ranked[-2]
+    share = known_share(codes, factors, n_bins)
+    *_, second, best = np.sort(np.vstack([share, 0 * share[:1]]), axis=0)      # and one dead latent
+    return best - second
 
 
 def mig(codes, factors, n_bins=20):
@@ -234,9 +236,8 @@ def order_of_rows(importance, metric, wanted):
 
 def dci_of_importance(importance):
     """Disentanglement and completeness of an importance matrix (D, K), a dict; 0 for all zeros."""
-    disentanglement = order_of_rows(importance, "disentanglement", "two varying factors")
-    completeness = order_of_rows(importance.T, "completeness", "two latents")
-    return {"disentanglement": disentanglement, "completeness": completeness}
+    return {"disentanglement": order_of_rows(importance, "disentanglement", "two varying factors"),
+            "completeness": order_of_rows(importance.T, "completeness", "two latents")}
 
 
 def dci(codes, factors, seed=0, n_bins=20):
@@ -378,7 +379,7 @@ def measure_prior(model, data, rows, samples, every_u, own):
     """
     # how much of u is told, and of how much
     values, number = different(every_u)
-    number = number[own].cpu().numpy()
+    number = array(number[own])
     u = every_u[own]
     x = data.images(rows)
     q = model.encoder(x)
@@ -388,11 +389,11 @@ def measure_prior(model, data, rows, samples, every_u, own):
     result = {"n": len(rows), "information": told, "error": error,
               "at_most": entropies(number[:, None])[0], "different_u": len(values),
               "reconstruction_error": squares(x_hat - x).mean()}
-    arrays = {"samples": samples, "u": u.cpu().numpy(), "number": number}
+    arrays = {"samples": samples, "u": array(u), "number": number}
 
     # how far p(z|u) is right, and what it can identify
     if model.cfg.latent == "gaussian":
-        fit = (samples - p.mean.cpu().numpy()) / p.stddev.cpu().numpy()
+        fit = (samples - array(p.mean)) / array(p.stddev)
         arrays["fit"] = fit
         result.update(fit_mean=fit.mean(axis=0), fit_std=fit.std(axis=0),
                       **identifiable(model.prior(values), model.cfg.zero_means))
@@ -406,9 +407,9 @@ def encode(model, data, rows, seed):
     """Means of q(z|x) and one sample of each, for the images in rows: (N, D) twice."""
     # so few at a time that memory does not grow with N
     parts = progress(rows.split(500), "encoding, 500 images each")
-    means, logvars = zip(*(model.encode(data.images(part)) for part in parts))
-    mean = torch.cat(means).cpu().double()       # some devices have no doubles
-    std = (0.5 * torch.cat(logvars).cpu().double()).exp()
+    codes = [torch.stack(model.encode(data.images(part))) for part in parts]
+    mean, logvar = torch.cat(codes, dim=1).cpu().double()      # some devices have no doubles
+    std = (0.5 * logvar).exp()
     if model.cfg.latent != "gaussian":
         std.zero_()                              # the index of a category has no noise
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
@@ -443,7 +444,7 @@ def train_reader(data, seed, steps=600):
     """
     torch.manual_seed(seed)
     k = len(data.varied)
-    v = data.sizes[data.varied].max().item()
+    v = max(data.factor_sizes)
     channels, side, _ = data.image_shape
     cfg = idiff.Config(image_channels=channels, image_size=side, latent_dim=(k * v + 1) // 2)
     net = idiff.Encoder(cfg).net.to(data.device)       # k v outputs, or one more
@@ -488,16 +489,13 @@ def nearest_error(images, data, y):
     Near are 480 rows, in 3D Shapes those of all geometries in the same hues: an image of another
     geometry than asked for is not punished, a blurred or a grainy one is.
     """
+    number = (y * data.strides[data.varied]).sum(dim=1)
+    places = torch.searchsorted(data.numbers, number)          # among the combinations that exist
     errors = []
-    for image, place in zip(images, (y * data.strides[data.varied]).sum(dim=1)):
-        # on a grid with gaps, the place among the combinations that exist
-        if data.table is not None:
-            place = torch.searchsorted(data.numbers, place)
-        first = min(place.item(), len(data) - 1) // 480 * 480
-        block = torch.arange(first, min(first + 480, len(data)), device=data.device)
-        if data.table is not None:
-            block = data.order[block]
-        errors.append(squares(data.images(block) - image).min())
+    for image, place in zip(images, places.tolist()):
+        first = min(place, len(data) - 1) // 480 * 480
+        near = data.order[first:first + 480]
+        errors.append(squares(data.images(near) - image).min())
     return torch.stack(errors)
 
 
@@ -512,14 +510,14 @@ def looks(x, y, data):
     Values, pairs: the shares of all values, and of all pairs of values of two factors, that occur.
     """
     sizes = data.sizes[data.varied]
-    value = torch.cat([F.one_hot(*each) for each in zip(y.T, sizes)], dim=1)   # (B, sum of V)
-    met = (value.T.float() @ value.float() > 0).sum()
-    n_values = value.any(dim=0).sum()
+    value = torch.cat([F.one_hot(*each) for each in zip(y.T, sizes)], dim=1).float()
+    met = value.T @ value > 0                                  # (sum of V, sum of V)
+    n_values = met.diagonal().sum()
     n_pairs = sizes.sum()**2 - sizes.square().sum()
     nearest = nearest_error(x, data, y)
     return {"nearest, median": nearest.median(), "nearest, 90 %": nearest.quantile(0.9),
             "Laplacian": laplacian(x).mean(), "values": n_values / sizes.sum(),
-            "pairs": (met - n_values) / n_pairs.clamp(min=1)}
+            "pairs": (met.sum() - n_values) / n_pairs.clamp(min=1)}
 
 
 def features(net, x):
@@ -568,21 +566,26 @@ def codes_of_values(wanted, codes, values):
 
 
 def recombined(codes, y, n, seed):
-    """Codes of new combinations, {kind: (n, D)}, and the values (n, K) that they are to show.
+    """{kind: (codes (n, D), and the values (n, K) that they are to show)}.
 
-    codes: (N, D); y: (N, K), their factors. Shuffled: each latent is that of another row. Set: each
-    that matches a factor is at the median code of the rows with that row's value. A factor that no
-    latent matches has -1.
+    codes: (N, D); y: (N, K), their factors. Redrawn: codes as they are. Shuffled: each latent is
+    that of another row. Set: each that matches a factor is at the median code of the rows with that
+    row's value. A factor that no latent matches has -1.
     """
+    # another row for each latent
     index = np.random.default_rng(seed).integers(len(codes), size=(n, codes.shape[1]))
-    kinds = {"shuffled": np.take_along_axis(codes, index, axis=0)}
+    z = np.take_along_axis(codes, index, axis=0)
     wanted = np.full((n, y.shape[1]), -1)
+    kinds = {"redrawn": (codes[:n], y[:n]), "shuffled": (z, wanted)}
+
+    # the values of those rows, by the latents that match a factor
     if y.size:
-        kinds["set"] = kinds["shuffled"].copy()
+        z = z.copy()
         for i, k in zip(*match(mutual_information(codes, y))):
             wanted[:, k] = y[index[:, i], k]
-            kinds["set"][:, i] = codes_of_values(wanted[:, k], codes[:, i], y[:, k])
-    return kinds, wanted
+            z[:, i] = codes_of_values(wanted[:, k], codes[:, i], y[:, k])
+        kinds["set"] = z, wanted
+    return kinds
 
 
 @torch.no_grad()
@@ -599,27 +602,20 @@ def render(model, z, start, steps=20, sampler="dpmpp", seed=0, keeps_noise=False
         raise ValueError(f"--sampler {sampler} adds noise and so cannot keep an image's own.")
 
     # ten at a time
-    ts = idiff.time_grid(steps, model.sde).to(z)
     start = start.expand(len(z), *start.shape[1:])
     batches = list(zip(z.split(10), start.split(10)))
     parts = []
     for part, begin in progress(batches, "diffusion, 10 images each"):
-        if keeps_noise:
-            solve = idiff.SAMPLERS[sampler]
-            x = solve(model.eps_fn(part), begin, ts, model.sde).clamp(-1, 1)
-        else:
-            seeds = [seed + 1] * len(part)                     # the same for every image
-            noise = idiff.seeded_noise(seeds, begin.shape[1:], begin.device)
-            x = model.sample(part, begin, steps, sampler, noise)
-        parts.append(x)
+        seeds = [seed + 1] * len(part)                         # the same for every image
+        noise = idiff.seeded_noise(seeds, begin.shape[1:], begin.device)
+        parts.append(model.sample(part, begin, steps, sampler, noise, last=not keeps_noise))
     pictures["diffusion"] = torch.cat(parts)
     return pictures
 
 
 def shares(hits, names):
-    """{name: share of hits}, of each factor and of all at once; hits: (B, K) bool."""
-    hits = hits.double()
-    return dict(zip(names, [*hits.mean(dim=0), hits.amin(dim=1).mean()]))
+    """{name: share of hits}, of each factor and of all at once; hits: (B, K) bool, an array."""
+    return dict(zip(names, [*hits.mean(axis=0), hits.all(axis=1).mean()]))
 
 
 def generation(model, data, rows, codes, n, seed):
@@ -631,11 +627,8 @@ def generation(model, data, rows, codes, n, seed):
     """
     cfg = model.cfg
     n = min(n, len(rows))
-    y = data.factors(rows)[:, data.varied].cpu()               # (N, K)
-    recombinations, wanted = recombined(codes, y.numpy(), n, seed)
-    wanted = {"redrawn": y[:n], **dict.fromkeys(recombinations, torch.from_numpy(wanted))}
-    kinds = {"redrawn": codes[:n], **recombinations}
-    kinds = {kind: torch.from_numpy(z).float().to(data.device) for kind, z in kinds.items()}
+    y = array(data.factors(rows)[:, data.varied])       # (N, K)
+    kinds = recombined(codes, y, n, seed)
 
     # z of p(z|u), unless the data are not the model's
     generator = torch.Generator(data.device).manual_seed(seed)
@@ -644,24 +637,26 @@ def generation(model, data, rows, codes, n, seed):
     others = torch.randint(len(data), (n,), generator=generator, device=data.device)
     drawn, u = data.draw(2 * n, generator, cfg.u, cfg.u_scale)
     if u.shape[1] == cfg.u_dim:
-        kinds["p(z|u)"] = model.sample_prior(u[:n])
+        kinds["p(z|u)"] = model.sample_prior(u[:n]), None
 
     # a classifier reads values; a u that training makes tells how likely each is
     names = [*(data.factor_names[k] for k in data.varied), "all at once"]
     net = model.encoder
     right, log_p, quality = {}, {}, {}
-    if y.numel():
+    if y.size:
         net, read, hits = train_reader(data, seed)
-        right["classifier"] = shares(hits, names)
+        right["classifier"] = shares(array(hits), names)
         if "p(z|u)" in kinds and cfg.u != "own":
             chances = chances_given_u(data, **cfg.kind_of_u.unpack(u[:n]))
             log_p["expectation"] = dict(zip(names, -chances.entropy().mean(dim=0)))
 
-    for kind, z in kinds.items():
-        of_u = kind == "p(z|u)"
+    # the images of each kind, then real ones that are drawn alike
+    for kind, (z, wanted) in kinds.items():
+        of_u = wanted is None
         alike, reference = drawn.split(n) if of_u else (rows[:n], others)
         x = data.images(alike)
         reference = features(net, data.images(reference))
+        z = torch.as_tensor(z, dtype=x.dtype, device=data.device)
         made = render(model, z, start, seed=seed)
         images = {f"{network}, {kind}": image.clamp(-1, 1) for network, image in made.items()}
         images["real, of u" if of_u else "real"] = x
@@ -670,12 +665,12 @@ def generation(model, data, rows, codes, n, seed):
                 continue
             error = squares(image - x).mean() if kind == "redrawn" else None
             quality[name] = {"Frechet": frechet(features(net, image), reference), "error": error}
-            if not y.numel():
+            if not y.size:
                 continue
             seen = read(image)                                 # (n, K)
             quality[name].update(looks(image, seen, data))
             if not of_u:
-                right[name] = shares(seen.cpu() == wanted[kind], names)
+                right[name] = shares(array(seen) == wanted, names)
             elif log_p:
                 log_p[name] = dict(zip(names, chances.log_prob(seen).mean(dim=0)))
     found = {"read as asked": right, "log P(value|u), nats": log_p, "images": quality}
@@ -749,13 +744,13 @@ def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name
         result["generation"] = generation(model, data, rows, codes, generate, seed)
 
     if data.factor_names:
-        factors = data.factors(rows).cpu().numpy()
+        factors = array(data.factors(rows))
         drawn = others if modulated else others[:0]
-        factors_drawn = data.factors(drawn).cpu().numpy()
+        factors_drawn = array(data.factors(drawn))
         draws = {}
         if modulated:
             # u as if it were a code: its centres, or else its scales, which come before
-            u = every_u[:, -len(data.varied):].cpu().numpy()
+            u = every_u[:, -len(data.varied):]
             draws = {"encoder_on_draws": (codes_others, factors_drawn),
                      "u_on_draws": (u, factors_drawn)}
         result.update(measure(codes, factors, data.factor_names, draws, seed, n_bins, trees))
@@ -858,7 +853,7 @@ def write_report(result, folder):
             pictures["fit"] = draw_fit
     for name, draw in pictures.items():
         with drawing(folder / f"{name}.png") as picture:
-            draw(result).savefig(picture, dpi=150)
+            draw(result).savefig(picture)
 
 
 def format_report(r):
@@ -913,25 +908,21 @@ def format_prior(r):
 
 # ---- The paper's tables, and agreement ----
 
-def summary(group):
-    """A cell for each of the four metrics: mean ± std / max over a group of reports."""
-    cells = []
-    for name in FOUR:
-        values = np.array([r["metrics"][name] for r in group], float)
-        if np.isnan(values).any():
-            cells.append("-")
-        elif len(group) == 1:
-            cells.append(f"{values[0]:.2f}")
-        else:
-            cells.append(f"{values.mean():.2f} ± {values.std(ddof=1):.2f} / {values.max():.2f}")
-    return cells
-
-
 def format_table(title, columns):
-    """A table of {name: group of reports}, each beside the paper's own figures, if it has any."""
+    """A table of {name: group of reports}, each beside the paper's own figures, if it has any.
+
+    A cell for each of the four metrics: mean ± std / max over the group.
+    """
     rows = [["metric", *(NAMES[name] for name in FOUR)]]
     for name, group in columns.items():
-        rows.append([f"{name}, n = {len(group)}", *summary(group)])
+        cells = []
+        for metric in FOUR:
+            values = np.array([r["metrics"][metric] for r in group], float)    # None is NaN
+            cell = f"{values.mean():.2f}"
+            if len(group) > 1:
+                cell += f" ± {values.std(ddof=1):.2f} / {values.max():.2f}"
+            cells.append("-" if np.isnan(values).any() else cell)
+        rows.append([f"{name}, n = {len(group)}", *cells])
         if name in PAPER:
             rows.append(["paper", *PAPER[name].split(", ")])
     return f"{title}\n\n{idiff.table(rows)}\n"
@@ -1010,10 +1001,10 @@ def draw_latents(r):
     from matplotlib import colormaps
     share = np.nan_to_num(np.array(r["mi_over_h"], float))     # None is NaN
     shown = np.sort(share.max(axis=1).argsort()[::-1][:40])
-    figure, axes = idiff.panels(len(shown))
+    figure, panels = idiff.panels(shown)
     names = list(r["per_factor"])
     arrays = r["arrays"]
-    for i, ax in zip(shown, axes):
+    for i, ax in panels:
         j = share[i].argmax()
         name = names[j]
         z = arrays["samples"][:, i]
@@ -1034,24 +1025,24 @@ def draw_factors(r):
     """Share of each value of each factor, among the rows and in modulated draws."""
     names = list(r["per_factor"])
     arrays = r["arrays"]
-    figure, axes = idiff.panels(len(names))
-    for j, ax in enumerate(axes):
+    figure, panels = idiff.panels(names)
+    for j, (name, ax) in enumerate(panels):
         shown = {"rows as they are": arrays["factors"][:, j]}
         if len(arrays["drawn"]):
             shown["modulated draws"] = arrays["drawn"][:, j]
         last = max(column.max() for column in shown.values())
         edges = np.arange(last + 2) - 0.5
         ax.hist(list(shown.values()), edges, density=True, label=list(shown))
-        ax.set(xlabel=f"share of each {names[j]}, by index", xticks=edges[1::2] - 0.5)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
+        ax.set(xlabel=f"share of each {name}, by index", xticks=edges[1::2] - 0.5)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center")
     return figure
 
 
 def draw_information(r):
     """The matrix MI/H."""
-    share = np.array(r["mi_over_h"], float)
     names = list(r["per_factor"])
-    figure, [ax] = idiff.panels(1, (1.6 + 0.9 * len(names), 4.5))
+    figure, [(share, ax)] = idiff.panels([np.array(r["mi_over_h"], float)],
+                                         (1.6 + 0.9 * len(names), 4.5))
     draw_matrix(ax, share, range(len(share)), names)
     ax.set(ylabel="latent", title="mutual information / entropy")
     return figure
@@ -1061,9 +1052,8 @@ def draw_latents_by_u(r):
     """Samples of 40 latents at most, by the index of u, or where more than 50 are different by the
     column of u that each latent follows most."""
     arrays = r["arrays"]
-    shown = arrays["samples"].T[:40]
-    figure, axes = idiff.panels(len(shown), (6, 2))
-    for i, (z, ax) in enumerate(zip(shown, axes)):
+    figure, panels = idiff.panels(arrays["samples"].T[:40], (6, 2))
+    for i, (z, ax) in enumerate(panels):
         x = arrays["number"]
         name = "index of u"
         if r["prior"]["different_u"] > 50:
@@ -1079,7 +1069,7 @@ def draw_latents_by_u(r):
 def draw_told(r):
     """What each latent, and all together, tell of u, as bars."""
     told = r["prior"]["information"]
-    figure, [ax] = idiff.panels(1, (3 + 0.4 * len(told), 3.5))
+    figure, [(_, ax)] = idiff.panels([told], (3 + 0.4 * len(told), 3.5))
     ax.bar([*latent_names(range(len(told) - 1)), "all"], told, yerr=r["prior"]["error"], capsize=3)
     ax.axhline(r["prior"]["at_most"], color="black", linestyle=":")
     ax.set(ylabel="nats", title="what latents tell of u;\ndotted: all there is to tell")
@@ -1088,13 +1078,12 @@ def draw_told(r):
 
 def draw_fit(r):
     """40 latents at most in units of p(z|u), beside the normal curve that they are to follow."""
-    fit = r["arrays"]["fit"][:, :40]
-    figure, axes = idiff.panels(fit.shape[1])
+    figure, panels = idiff.panels(r["arrays"]["fit"].T[:40])
     w = np.linspace(-5, 5, 101)
-    for i, ax in enumerate(axes):
-        ax.hist(fit[:, i].clip(-5, 5), w[::4], density=True)
+    for i, (z, ax) in enumerate(panels):
+        ax.hist(z.clip(-5, 5), w[::4], density=True)
         ax.plot(w, np.exp(-w**2 / 2) / np.sqrt(2 * np.pi), "k")
-        ax.set(yticks=[], xlabel=f"z{i}: mean {fit[:, i].mean():.2f}, std {fit[:, i].std():.2f}")
+        ax.set(yticks=[], xlabel=f"z{i}: mean {z.mean():.2f}, std {z.std():.2f}")
     figure.suptitle("(z - mean) / std by p(z|u), and the normal curve")
     return figure
 
@@ -1103,8 +1092,8 @@ def draw_agreement(a):
     """|rho| of the latents of the first run and of each other, in the order of their match."""
     first, *others = a["files"]
     n = len(a["per_latent"])
-    figure, axes = idiff.panels(len(others), (3 + 0.7 * n, 1.8 + 0.4 * n))
-    for name, pair, ax in zip(others, a["pairs"], axes):
+    figure, panels = idiff.panels(others, (3 + 0.7 * n, 1.8 + 0.4 * n))
+    for (name, ax), pair in zip(panels, a["pairs"]):
         rho = np.array(pair["rho"])
         i, j = pair["matched"]
         rows = [*i, *np.delete(np.arange(n), i)]
@@ -1152,7 +1141,6 @@ def report_of_path(path, args, load):
                              "--seed, --data and --device need the checkpoint.")
         return read_report(path)
 
-    check_counts(args.n, args.generate, args.n_bins)
     if kind == "codes":
         if args.generate or args.data:
             raise ValueError(f"'{path}' holds codes: --generate and --data need a checkpoint.")
@@ -1172,6 +1160,8 @@ def start(args):
     if len({path.resolve().parent for path in measured}) < len(measured):
         raise ValueError("two of the paths lie in one folder, which holds one report. Pass them "
                          "one by one, each with --out, then their metrics.json.")
+
+    # a report of each
     results = []
     for path in args.paths:
         folder = path.parent if many else args.out or path.parent
@@ -1185,6 +1175,7 @@ def start(args):
             write_report(result, folder)
             print(f"metrics.json and pictures are in {folder}")
 
+    # what many reports have in common
     if many:
         found = agreements(results)
         text = format_tables(results) + "".join(map(format_agreement, found))
@@ -1197,7 +1188,7 @@ def start(args):
             name = f"agreement-{k + 1}" if k else "agreement"
             (folder / f"{name}.json").write_text(json.dumps(each, indent=1) + "\n", "utf-8")
             with drawing(folder / f"{name}.png") as picture:
-                draw_agreement(each).savefig(picture, dpi=150)
+                draw_agreement(each).savefig(picture)
     return results
 
 

@@ -37,6 +37,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -324,7 +325,7 @@ def widened(h):
 def mlp(*widths):
     """Linear layers from each width to the next, SiLU between them."""
     layers = []
-    for c_in, c_out in zip(widths, widths[1:]):
+    for c_in, c_out in pairwise(widths):
         layers += [nn.Linear(c_in, c_out), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -358,10 +359,12 @@ class Encoder(nn.Module):
     @property
     def last(self):
         """The last nn.Linear if it gives D means, then D log-variances; else None."""
-        linears = [layer for layer in self.modules() if isinstance(layer, nn.Linear)]
-        if self.cfg.latent != "gaussian" or not linears:
-            return None
-        return linears[-1] if linears[-1].out_features == 2 * self.cfg.latent_dim else None
+        last = None
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                last = layer
+        fits = last and self.cfg.latent == "gaussian"
+        return last if fits and last.out_features == 2 * self.cfg.latent_dim else None
 
     @torch.no_grad()
     def turn(self, w, b):
@@ -507,11 +510,11 @@ class FullPrior(Prior):
     because a prior that starts independent of u is a saddle of the loss and stays so.
     """
 
-    def __init__(self, cfg, hidden=128):
+    def __init__(self, cfg):
         super().__init__(cfg)
         numbers = numbers_per_latent(cfg)
         self.linear = nn.Linear(cfg.u_dim, cfg.latent_dim * numbers)
-        self.net = mlp(cfg.u_dim, hidden, hidden, cfg.latent_dim * numbers)
+        self.net = mlp(cfg.u_dim, 128, 128, cfg.latent_dim * numbers)
 
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
@@ -581,7 +584,7 @@ class ScoreUNet(nn.Module):
         self.grow = nn.ModuleList()
         self.up = nn.ModuleList()
         widths = [f] + [2 * f] * cfg.halvings
-        for w, w_next in zip(widths, widths[1:]):
+        for w, w_next in pairwise(widths):
             self.down.append(ResBlock(w, w, c_emb))
             self.halve.append(nn.Conv2d(w, w_next, 3, stride=2, padding=1))
             self.grow.insert(0, nn.Conv2d(w_next, w, 3, padding=1))
@@ -713,7 +716,7 @@ def x0_from_eps(x, eps_hat, t, sde):
 def sample_em(eps_fn, x, ts, sde, noise=None):
     """Reverse SDE by Euler-Maruyama; calls eps_fn S times. Source: Song et al. 2021, Eq. 6."""
     check_stochastic(noise, ts)
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         score = -eps_fn(x, t.expand(len(x))) / sde.sigma(t)
         g2h = sde.beta(t) * (t - t_next)
         x = x + g2h * (0.5 * x + score) + g2h.sqrt() * noise()
@@ -728,7 +731,7 @@ def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
     Song et al. 2021, Alg. 3 and 5, with norms of one image, not means over its batch.
     """
     check_stochastic(noise, ts)
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         # corrector: a step whose noise and score have the ratio snr
         score = -eps_fn(x, t.expand(len(x))) / sde.sigma(t)
         eps = noise()
@@ -749,7 +752,7 @@ def sample_ddim(eps_fn, x, ts, sde, noise=None, *, eta=0.0):
     """
     if eta > 0:
         check_stochastic(noise, ts)
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         eps_hat = eps_fn(x, t.expand(len(x)))
 
         # how much of the noise at t_next is drawn anew
@@ -772,7 +775,7 @@ def sample_heun(eps_fn, x, ts, sde, noise=None):
     def slope(x, t):
         return -0.5 * sde.beta(t) * (x - eps_fn(x, t.expand(len(x))) / sde.sigma(t))
 
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         first = slope(x, t)
         second = slope(x + (t_next - t) * first, t_next)
         x = x + (t_next - t) * 0.5 * (first + second)
@@ -786,7 +789,7 @@ def sample_dpmpp(eps_fn, x, ts, sde, noise=None):
     Its first step is DDIM. noise is not used. Source: Lu et al. 2022 (2211.01095), Alg. 2.
     """
     x0_prev = h_prev = None
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         x0 = x0_from_eps(x, eps_fn(x, t.expand(len(x))), t, sde)
         h = sde.lam(t_next) - sde.lam(t)
 
@@ -1052,10 +1055,11 @@ class IDiff(nn.Module):
         return eps_fn
 
     @torch.no_grad()
-    def sample(self, z, start, steps=20, sampler="dpmpp", noise=None):
+    def sample(self, z, start, steps=20, sampler="dpmpp", noise=None, last=True):
         """Images (B, C, H, W) in [-1, 1] from latents z (B, D) and start, the noise at t = 1.
 
-        steps: on a grid uniform in log-SNR; noise: for stochastic samplers, see seeded_noise.
+        steps: on a grid uniform in log-SNR; noise: for stochastic samplers, see seeded_noise; last:
+        whether to remove the noise that is left at the end. Where invert found start, it is not.
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
@@ -1071,8 +1075,10 @@ class IDiff(nn.Module):
         x = SAMPLERS[sampler](eps_fn, start, ts, self.sde, noise)
 
         # the samplers end at t = 1e-3, where 1 % of noise is left
-        eps_hat = eps_fn(x, ts[-1].expand(len(x)))
-        return x0_from_eps(x, eps_hat, ts[-1], self.sde).clamp(-1, 1)
+        if last:
+            eps_hat = eps_fn(x, ts[-1].expand(len(x)))
+            x = x0_from_eps(x, eps_hat, ts[-1], self.sde)
+        return x.clamp(-1, 1)
 
     @torch.no_grad()
     def generate(self, u, start, steps=20, sampler="dpmpp", noise=None):
@@ -1103,19 +1109,6 @@ def save_checkpoint(path, model, ema, **state):
                       f"{error.__context__ or error}")
 
 
-def check_content(content):
-    """ValueError, or what torch raises, unless a checkpoint's content is whole and safe to use."""
-    if content.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"its format is {content.get('format')}, not {CHECKPOINT_FORMAT}")
-    json.dumps({**content["info"]})                            # a TypeError if not plain values
-
-    with torch.device("meta"):                                 # takes no memory
-        model = IDiff(Config(**content["config"]))
-    for weights in (content["model"], content["ema"]):
-        # strict, each name and shape; dict(), because torch writes assign=True into its argument
-        model.load_state_dict(dict(weights), assign=True)
-
-
 def read_checkpoint(path, device="cpu"):
     """The dict that save_checkpoint wrote. FileNotFoundError or ValueError, in one line, if not."""
     if not os.path.isfile(path):
@@ -1123,8 +1116,16 @@ def read_checkpoint(path, device="cpu"):
                                 "train.py\", or pass the path it printed at its end.")
     try:
         content = torch.load(path, map_location=device, weights_only=True)     # runs no code
+        if content.get("format") != CHECKPOINT_FORMAT:
+            raise ValueError(f"its format is {content.get('format')}, not {CHECKPOINT_FORMAT}")
         content["config"] = {**FORMERLY, **content["config"]}
-        check_content(content)
+        json.dumps({**content["info"]})                        # a TypeError if not plain values
+
+        with torch.device("meta"):                             # takes no memory
+            model = IDiff(Config(**content["config"]))
+        for weights in (content["model"], content["ema"]):
+            # strict, each name and shape; dict(), for torch writes assign=True into its argument
+            model.load_state_dict(dict(weights), assign=True)
     except Exception as error:         # whatever torch raises, the file is at fault
         reason = f"{type(error).__name__}, {in_one_line(error)}".split(". ")[0]
         raise ValueError(f"'{path}' is not an iDiff checkpoint of this version, or is damaged. If "
@@ -1288,7 +1289,8 @@ class OwnU(ScalesU):
     def choose(self, data, rows, n, generator):
         """n of rows, with replacement, and their u."""
         chosen = torch.randint(len(rows), (n,), generator=generator, device=data.device)
-        return rows[chosen], data.u[rows[chosen]]
+        rows = rows[chosen]
+        return rows, data.u[rows]
 
 
 U_KINDS.update({"var": ScalesU, "mean+var": CentresU, "own": OwnU})
@@ -1335,11 +1337,13 @@ class Data:
         self.grid = 2 * value / last.clamp(min=1) - 1                          # (K, V)
         self.grid[value > last] = math.inf                                     # no such value
 
-        # a grid with gaps: its rows, sorted by the number they would have on the full grid
+        # rows, sorted by their number; a grid with gaps lacks some of these
         self.table = None
         if factors is None and u is not None and not sizes:
             factors = torch.zeros(len(u), 0, dtype=torch.int64)
-        if factors is not None:
+        if factors is None:
+            self.numbers = self.order = torch.arange(math.prod(self.factor_sizes), device=device)
+        else:
             self.table = torch.as_tensor(factors, device=device)
             self.numbers, self.order = (self.table * self.strides).sum(dim=1).sort()
             self.distinct = self.numbers.unique()              # (G,), the combinations that exist
@@ -1352,9 +1356,7 @@ class Data:
         self.held_out, self.trained = order.tensor_split([min(max(n // 20, 64), 5000, n // 2)])
 
     def __len__(self):
-        if self.table is None:
-            return math.prod(self.factor_sizes)
-        return len(self.table)
+        return len(self.order)
 
     def factors(self, rows):
         """(B, K) int64, the index of each factor's value, for rows (B,)."""
@@ -1426,11 +1428,14 @@ class Data:
 
 # ---- Data: files ----
 
-# What a file may hold, and under which keys; where it has several, the last one counts.
-KEYS = {"images": ("imgs", "images"),
-        "factors": ("latents_classes", "labels", "factors"),
-        "u": ("u",),
-        "factor_names": ("factor_names",)}
+# The keys of a file, and what they hold; where several hold the same, the last one counts.
+KEYS = {"imgs": "images",
+        "images": "images",
+        "latents_classes": "factors",
+        "labels": "factors",
+        "factors": "factors",
+        "u": "u",
+        "factor_names": "factor_names"}
 
 
 def load_data(name="shapes3d", device="cpu", image_size=None, factor_sizes=None):
@@ -1464,7 +1469,7 @@ def load_data(name="shapes3d", device="cpu", image_size=None, factor_sizes=None)
 
 
 def read_file(path, device):
-    """{name in KEYS: array as stored} of an .h5 or .npz file. OSError, ValueError, MemoryError."""
+    """{what KEYS name: array} of an .h5 or .npz file. OSError, ValueError, MemoryError."""
     open(path, "rb").close()                                   # what forbids this tells itself
     try:
         if zipfile.is_zipfile(path):                           # the content decides, not the name
@@ -1479,10 +1484,9 @@ def read_file(path, device):
         with file:
             check_memory(sum(sizes), device)                   # before anything large is read
             held = ", ".join(file)
-            for name, keys in KEYS.items():
-                for key in keys:
-                    if key in file:
-                        arrays[name] = np.asarray(file[key])
+            for key, name in KEYS.items():
+                if key in file:
+                    arrays[name] = np.asarray(file[key])
     except (MemoryError, ImportError) as error:
         raise type(error)(f"'{path}' cannot be used as data: {error}") from None
     except Exception:                  # zip, h5 and numpy raise many kinds
@@ -1495,7 +1499,7 @@ def read_file(path, device):
 
 
 def read_folder(folder, device, side):
-    """{name in KEYS: array} of a folder: one .csv, and the pictures that its column file names.
+    """{what KEYS name: array} of a folder: one .csv, and the pictures that its column file names.
 
     The other columns are numbers: u and u:NAME are u, all others factors. ValueError if not so.
     """
@@ -1645,7 +1649,7 @@ def check_arrays(arrays, path, device, image_size):
     mark = fingerprint(images[::max(1, n // 256)], table, own_u)
     return Data(f"{Path(path).resolve().name} {mark[:8]}", named, (channels, side, side),
                 partial(look_up, pixels=pixels, white=white, side=side), device,
-                torch.from_numpy(factors), torch.from_numpy(u).float(), mark, note)
+                factors, u, mark, note)
 
 
 def warn_of_factors(names, factors):
@@ -1730,19 +1734,18 @@ def use_free_cores():
     if "OMP_NUM_THREADS" in os.environ or not os.path.exists("/proc/stat"):
         return
 
-    def ticks():                                               # of all cores, since they started
+    def ticks():
+        # user, nice, system, idle, waiting, ... of all cores, since they started
         counts = Path("/proc/stat").read_text().split()[1:9]
-        user, nice, system, idle, waiting, *others = map(int, counts)
-        return idle + waiting, user + nice + system + sum(others)
+        return np.array(counts, int)
 
-    free, used = ticks()
+    before = ticks()
     time.sleep(0.3)
-    free_then, used_then = ticks()
-    free = free_then - free
-    share = free / max(1, free + used_then - used)
+    passed = ticks() - before
+    free = passed[3:5].sum() / max(1, passed.sum())
 
     usual = torch.get_num_threads()
-    threads = min(usual, max(1, round(share * os.cpu_count())))
+    threads = min(usual, max(1, round(free * os.cpu_count())))
     if threads < usual:
         torch.set_num_threads(threads)
         print(f"Other programs are busy, so torch uses {threads} of {usual} threads. Set "
@@ -1806,12 +1809,20 @@ def drawing(path):
         print(f"{path} is missing: {in_one_line(error)}", file=sys.stderr)
 
 
-def panels(n, size=(6, 1.6)):
-    """A figure and its n axes, one above the other, of a size in inches."""
+def panels(items, size=(6, 1.6)):
+    """A figure, and (item, its axis) of each item, axes of this size in inches below each other."""
     from matplotlib.figure import Figure
+    n = len(items)
     width, height = size
-    figure = Figure((width, n * height), layout="constrained")
-    return figure, figure.subplots(n, squeeze=False)[:, 0]
+    figure = Figure((width, n * height), dpi=150, layout="constrained")
+    axes = figure.subplots(n, squeeze=False)[:, 0]
+    return figure, list(zip(items, axes))
+
+
+def to_pixels(images):
+    """Pixels (N, H, W, C) uint8, an array, of images (N, C, H, W) in [-1, 1]."""
+    pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round().byte()
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_grid(file, images, rows, columns):
@@ -1824,9 +1835,8 @@ def save_grid(file, images, rows, columns):
                           "install -r requirements.txt") from None
     n_rows = len(rows)
     n_columns = len(columns)
-    pixels = (images.cpu().clamp(-1, 1) * 127.5 + 127.5).round().byte()
-    pixels = F.pad(pixels, [1] * 4, value=255)                 # half a gap around each
-    grid = make_grid(pixels, n_columns, padding=0).permute(1, 2, 0).numpy()    # (.., .., 3)
+    padded = F.pad(images, [1] * 4, value=1)                   # half a white gap around each
+    [grid] = to_pixels(make_grid(padded, n_columns, padding=0)[None])          # (.., .., 3)
 
     # whole multiples of a pixel, so that all are shown equally large
     zoom = max(1, round(128 / images.shape[-1]))
@@ -1868,7 +1878,7 @@ def grid_factors(rows, sizes):
 
 def load_shapes3d(device):
     """The embedded replica of 3D Shapes (Burgess & Kim 2018): 480,000 images, none stored."""
-    planes = render_shapes3d(device=device)                    # (480, 4, 64, 64) uint8
+    planes = render_shapes3d(device)                    # (480, 4, 64, 64) uint8
 
     # ten hues, HSV to RGB
     hue = 0.6 * torch.arange(10)[:, None]                      # (10, 1), in sixths of the circle
@@ -1889,15 +1899,15 @@ def compose_shapes3d(rows, planes, palette):
     return x.unflatten(2, planes.shape[2:])
 
 
-def render_shapes3d(size=64, device="cpu"):
-    """Shade of floor, walls and object, and white light, (480, 4, size, size) uint8.
+def render_shapes3d(device):
+    """Shade of floor, walls and object, and white light, (480, 4, 64, 64) uint8.
 
     480 geometries: 8 scales, 4 shapes, 15 orientations, row-major. Sphere tracing (Hart 1996) at
     twice the size, A = 15 angles, P rays an image. The unit is one object's height, nearly.
     """
     # the empty room
     angles = torch.linspace(-30, 30, 15).deg2rad()
-    eyes, rays = camera_rays(angles, 2 * size)                 # (3, A, 1), (3, A, P)
+    eyes, rays = camera_rays(angles, 128)                      # (3, A, 1), (3, A, P)
     point, on_floor, room = render_room(eyes, rays)
     dark = torch.zeros_like(room)
     empty = torch.stack([room * on_floor, room * ~on_floor, dark, dark])       # (4, A, P)
@@ -1927,7 +1937,7 @@ def render_shapes3d(size=64, device="cpu"):
         image[:, near] = torch.where(hit, front, image[:, near])
 
         # four rays a pixel
-        image = image.permute(1, 2, 0, 3).unflatten(3, (2 * size, 2 * size))   # (8, A, 4, ...)
+        image = image.permute(1, 2, 0, 3).unflatten(3, (128, 128))             # (8, A, 4, ...)
         image = F.avg_pool2d(image.flatten(0, 1), 2)                           # (8 A, 4, ...)
         image = image.clamp(0, 1).mul(255).round().byte()
         planes.append(image.unflatten(0, (8, 15)))
@@ -1955,8 +1965,10 @@ def camera_rays(angles, side):
     return eyes, rays / length(rays)
 
 
-def render_room(eyes, rays, half=2.7):
+def render_room(eyes, rays):
     """Points (3, A, P) where rays leave the empty room, whether on the floor, and shade."""
+    half = 2.7                                                 # of the room's width
+
     # how far along each ray the walls and the floor are
     wall = half * rays[:2].sign()                              # that the ray runs towards
     t_wall, axis = ((wall - eyes[:2]) / rays[:2]).min(dim=0)

@@ -36,7 +36,7 @@ def build_parser():
     add("--like", type=int, metavar="ROW", help="draw new images from the data's own u of this row")
     add("--set", nargs="+", type=assignment, metavar="NAME=VALUE",
         help="give new images, or --image, these values of factors, as they stand in the data")
-    add("--image", nargs=1, metavar="IMAGE", help="redraw and traverse this image")
+    add("--image", metavar="IMAGE", help="redraw and traverse this image")
     add("--swap", nargs=2, metavar=("A", "B"), help="put latents of image B into image A")
     add("--between", nargs=2, metavar=("A", "B"), help="interpolate: z linearly, noise on a sphere")
     add("--latents", nargs="+", metavar="NAME",
@@ -94,27 +94,24 @@ def survey(model, data, seed=0):
     rows = rows.to(data.device)
     codes = torch.cat([model.encode(data.images(part))[0] for part in rows.split(500)])
 
-    # without factors
-    if not data.factor_names:
-        order = range(codes.shape[1])
-        if model.cfg.u == "own" and data.u.shape[1] == model.cfg.n_u:
-            part = rows[:1000]
-            q = model.encoder(data.images(part))
-            told, _ = information(q.mean, model.prior(data.u[part]))
-            order = told[:-1].argsort(descending=True).tolist()
-        return rows, codes, {i: f"z{i}" for i in order}
-
-    # the latents that match a factor, in the factors' order, then all others
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                        # evaluate.py tells of the bins
-        _, factors = as_arrays(codes, data.factors(rows), n_bins=20)
-    mi = mutual_information(codes, factors)                    # (D, K)
-    h = entropies(factors)
+    order = range(codes.shape[1])
     names = {}
-    for k, i in sorted((k, i) for i, k in zip(*match(mi))):
-        if mi[i, k] > 0.1 * h[k]:
-            names[i] = f"z{i} · {data.factor_names[k]}"
-    for i in range(len(mi)):
+    if data.factor_names:
+        # first the latents that match a factor, in the factors' order
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                    # evaluate.py tells of the bins
+            _, factors = as_arrays(codes, data.factors(rows), n_bins=20)
+        mi = mutual_information(codes, factors)                # (D, K)
+        h = entropies(factors)
+        for k, i in zip(*match(mi.T)):
+            if mi[i, k] > 0.1 * h[k]:
+                names[i] = f"z{i} · {data.factor_names[k]}"
+    elif model.cfg.u == "own" and data.u.shape[1] == model.cfg.n_u:
+        part = rows[:1000]
+        q = model.encoder(data.images(part))
+        told, _ = information(q.mean, model.prior(data.u[part]))
+        order = told[:-1].argsort(descending=True).tolist()
+    for i in order:
         names.setdefault(i, f"z{i}")
     return rows, codes, names
 
@@ -132,9 +129,10 @@ def choose(wanted, names):
     # in the order that they are asked for
     chosen = {}
     for name in wanted:
-        if str(name) not in known:
+        i = known.get(str(name))
+        if i is None:
             raise ValueError(f"no latent is '{name}'. There are: {', '.join(names.values())}.")
-        chosen[known[str(name)]] = names[known[str(name)]]
+        chosen[i] = names[i]
     return chosen
 
 
@@ -159,7 +157,7 @@ def with_values(z, values, data, known):
             raise ValueError(f"{factor} goes from {seen.min()} to {seen.max()}, got {value}.")
         z[:, i] = float(codes_of_values(value, codes[:, i].cpu().numpy(), seen))
         miss += abs(seen - value)
-    return z, rows[torch.from_numpy(miss == miss.min()).to(rows.device)]
+    return z, rows[np.flatnonzero(miss == miss.min())]
 
 
 # ---- From latents to images ----
@@ -187,15 +185,14 @@ def slerp(a, b, w):
     return (to_a * a + to_b * b) / angle.sin()
 
 
-def traverse(model, data, image=None, latents=None, columns=10, steps=20, sampler="dpmpp", seed=0,
-             known=None):
+def traverse(model, data, image=None, latents=None, columns=10, steps=20, sampler="dpmpp", seed=0):
     """{network: (images, rows, columns)}: each latent over its range, the others as they are.
 
     image: see read_image, whose latents and noise are kept, or None for the first surveyed row and
-    new noise; latents: which, by number or name; known: what survey gave. All cells of a row have
-    one noise, so that only the latent changes.
+    new noise; latents: which, by number or name. All cells of a row have one noise, so that only
+    the latent changes.
     """
-    _, codes, names = known or survey(model, data, seed)
+    _, codes, names = survey(model, data, seed)
     names = choose(latents, names)
     latents = list(names)
     if image is None:
@@ -209,8 +206,8 @@ def traverse(model, data, image=None, latents=None, columns=10, steps=20, sample
     low, high = torch.quantile(codes[:, latents], quantiles, dim=0)            # (L,) each
     varied = z.repeat(len(latents), columns, 1)                # (L, n, D)
     share = torch.linspace(0, 1, columns).to(z)
-    for row, i in enumerate(latents):
-        varied[row, :, i] = low[row] + (high[row] - low[row]) * share
+    for row, i, a, b in zip(varied, latents, low, high):
+        row[:, i] = a + (b - a) * share
 
     # drawn by each network, labelled with the range
     keeps_noise = image is not None
@@ -222,8 +219,10 @@ def traverse(model, data, image=None, latents=None, columns=10, steps=20, sample
     return {network: (images, rows, titles) for network, images in pictures.items()}
 
 
-def beside(pictures, x, titles):
-    """(images, rows, columns): a row per network, between the given images x, A and maybe B."""
+def beside(model, x, z, noise, titles, steps, sampler):
+    """(images, rows, columns): latents z (n, D) drawn with noise, a row per network, between the
+    given images x, A and maybe B."""
+    pictures = render(model, z, noise, steps, sampler, keeps_noise=True)
     images = []
     for row in pictures.values():
         images += [x[:1], row, x[1:]]
@@ -231,7 +230,7 @@ def beside(pictures, x, titles):
     return torch.cat(images), list(pictures), titles
 
 
-def redraw(model, data, image, steps=50, sampler="dpmpp", values=None, known=None):
+def redraw(model, data, image, steps=50, sampler="dpmpp", values=None, seed=0):
     """(images, rows, columns): an image, see read_image, and as each network redraws it.
 
     values: see with_values; given these, a last column has them.
@@ -239,33 +238,28 @@ def redraw(model, data, image, steps=50, sampler="dpmpp", values=None, known=Non
     x, z, noise = invert(model, data, [image], steps)
     titles = ["redrawn"]
     if values:
-        edited, _ = with_values(z, values, data, known or survey(model, data))
+        edited, _ = with_values(z, values, data, survey(model, data, seed))
         z = torch.cat([z, edited])
         titles.append("\n".join(f"{name} = {value:g}" for name, value in values.items()))
-    return beside(render(model, z, noise, steps, sampler, keeps_noise=True), x, titles)
+    return beside(model, x, z, noise, titles, steps, sampler)
 
 
-def swap(model, data, a, b, latents=None, steps=50, sampler="dpmpp", seed=0, known=None):
+def swap(model, data, a, b, latents=None, steps=50, sampler="dpmpp", seed=0):
     """(images, rows, columns): image a with each of b's latents, then with all of them.
 
     a, b: see read_image; latents: which, by number or name; the noise stays a's.
     """
     x, z, noise = invert(model, data, [a, b], steps)
-    names = choose(latents, (known or survey(model, data, seed))[2])
-    edited = [z[0]]
-    titles = ["redrawn"]
-    for i, name in names.items():
-        one = z[0].clone()
-        one[i] = z[1, i]
-        edited.append(one)
-        titles.append(f"{name}\nof B".replace(" · ", "\n"))
+    names = choose(latents, survey(model, data, seed)[2])
+    edits = {f"{name}\nof B".replace(" · ", "\n"): [i] for i, name in names.items()}
     if len(names) > 1:
-        every = z[0].clone()
-        every[list(names)] = z[1, list(names)]
-        edited.append(every)
-        titles.append("all these\nof B")
-    pictures = render(model, torch.stack(edited), noise[:1], steps, sampler, keeps_noise=True)
-    return beside(pictures, x, titles)
+        edits["all these\nof B"] = list(names)
+
+    # first a as it is, then with what each edit takes from b
+    edited = z[:1].repeat(1 + len(edits), 1)
+    for row, taken in zip(edited[1:], edits.values()):
+        row[taken] = z[1, taken]
+    return beside(model, x, edited, noise[:1], ["redrawn", *edits], steps, sampler)
 
 
 def between(model, data, a, b, columns=10, steps=50, sampler="dpmpp"):
@@ -274,11 +268,10 @@ def between(model, data, a, b, columns=10, steps=50, sampler="dpmpp"):
     w = torch.linspace(0, 1, columns).to(z)
     z = torch.lerp(z[:1], z[1:], w[:, None])
     noise = slerp(noise[:1], noise[1:], w)
-    pictures = render(model, z, noise, steps, sampler, keeps_noise=True)
-    return beside(pictures, x, [f"{share:.2f}" for share in w])
+    return beside(model, x, z, noise, [f"{share:.2f}" for share in w], steps, sampler)
 
 
-def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0, known=None):
+def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0):
     """z (n, D) of n new images, their u (n, U) or None, and rows (n,) of real images drawn alike.
 
     how: "shuffled", each latent of z is another image's; or "u", z is drawn from p(z|u), u as in
@@ -287,8 +280,6 @@ def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0, k
     """
     generator = torch.Generator(data.device).manual_seed(seed)
     torch.manual_seed(seed)
-    known = known or survey(model, data, seed)
-    rows, codes, _ = known
     u = None
     if like is not None:
         if model.cfg.u != "own" or not like < len(data):
@@ -298,26 +289,26 @@ def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0, k
         u = data.u[like].expand(n, -1)
     elif how == "u":
         rows, u = data.draw(n, generator, model.cfg.u, model.cfg.u_scale)
-
-    if u is not None:
-        z = model.sample_prior(u)
     else:
+        rows, codes, _ = survey(model, data, seed)
         shape = n, codes.shape[1]
         index = torch.randint(len(codes), shape, generator=generator, device=data.device)
         z = codes.gather(0, index)
+
+    if u is not None:
+        z = model.sample_prior(u)
     if values:
-        z, rows = with_values(z, values, data, known)
+        z, rows = with_values(z, values, data, survey(model, data, seed))
     chosen = torch.randint(len(rows), (n,), generator=generator, device=data.device)
     return z, u, rows[chosen]
 
 
-def sample(model, data, n, how="shuffled", like=None, values=None, steps=20, sampler="dpmpp",
-           seed=0, known=None):
+def sample(model, data, n, steps=20, sampler="dpmpp", seed=0, **what):
     """(images, rows, columns): n new images by each network, then real ones drawn alike.
 
-    What is new: see draw_codes. Image k has the start noise of seed + k.
+    what is new: see draw_codes. Image k has the start noise of seed + k.
     """
-    z, _, rows = draw_codes(model, data, n, how, like, values, seed, known)
+    z, _, rows = draw_codes(model, data, n, seed=seed, **what)
     start = idiff.seeded_noise(range(seed, seed + n), data.image_shape, data.device)()
     pictures = render(model, z, start, steps, sampler, seed)
     pictures["real"] = data.images(rows)
@@ -330,8 +321,8 @@ def classes(model, data, columns=10, **how):
     how: as in sample. Diffusion draws them, or the decoder where it is alone.
     """
     # the first row with each u, in the order of one-hot columns
-    _, which = data.u.unique(dim=0, return_inverse=True)
-    rows = [(which == k).nonzero()[0].item() for k in which.unique().flip(0)]
+    _, first = np.unique(data.u.cpu(), axis=0, return_index=True)
+    rows = first[::-1].tolist()
     images = []
     for row in rows:
         made, networks, _ = sample(model, data, columns, like=row, **how)
@@ -352,13 +343,11 @@ def true_factors(data, row, columns=10):
     # an image for each value of each factor; a row with fewer values ends in white
     grid = torch.ones(len(varied), columns, *data.image_shape)                 # white
     for k, images in zip(varied, grid):
-        others_same = np.delete(same, k, axis=1).all(axis=1)
-        rows = np.flatnonzero(others_same)
+        rows = np.flatnonzero(np.delete(same, k, axis=1).all(axis=1))          # the others same
         _, first = np.unique(factors[rows, k], return_index=True)
-        n = min(columns, len(first))
-        shown = np.linspace(0, len(first) - 1, n).round().astype(int)
-        chosen = torch.from_numpy(rows[first[shown]])
-        images[:n] = data.images(chosen.to(data.device))
+        shown = np.unique(np.linspace(0, len(first) - 1, columns).round().astype(int))
+        chosen = torch.tensor(rows[first[shown]], device=data.device)
+        images[:len(shown)] = data.images(chosen)
 
     labels = [f"{data.factor_names[k]}\n{data.factor_sizes[k]} values" for k in varied]
     return grid.flatten(0, 1), labels, [""] * columns
@@ -382,11 +371,13 @@ def write_gif(file, grids):
     pages[0].save(file, save_all=True, append_images=pages[1:], duration=120, loop=0)
 
 
-def save_images(folder, images, z, u):
-    """Write images (N, C, H, W) as PNGs into a folder, and with z and u, if any, as its .npz."""
+def save_images(folder, grid, z, u):
+    """Write what sample draws, by its last network, as PNGs into a folder, and all with z and u, if
+    any, as its .npz."""
     from PIL import Image
-    pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round().byte()
-    pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    images, networks, _ = grid
+    *_, new, _ = images.unflatten(0, (len(networks), -1))                      # the last are real
+    pixels = idiff.to_pixels(new)
     told = {} if u is None else {"u": u.cpu()}
     np.savez(f"{folder}.npz", images=pixels, z=z.cpu(), **told)
     idiff.try_folder(folder)
@@ -415,42 +406,43 @@ def start(args):
     idiff.try_folder(out)
 
     # what the latents are called
-    known = survey(model, data, args.seed)
-    names = choose(args.latents, known[2])
-    given = args.image or args.swap or args.between
-    how = {"steps": args.steps or (50 if given else 20), "sampler": args.sampler}
-    seeded = {"seed": args.seed, "known": known}
-    which = {"latents": args.latents, **seeded}
+    rows, _, names = survey(model, data, args.seed)
+    names = choose(args.latents, names)
     print(f"{', '.join(names.values())}; pictures go to {out}", flush=True)
+    given = args.image or args.swap or args.between
+    alone = not given and not args.sample
+    how = {"steps": args.steps or (50 if given else 20), "sampler": args.sampler}
+    seeded = {**how, "seed": args.seed}
+    which = {**seeded, "latents": args.latents}
+    values = dict(args.set or {})
 
     # new images
     grids = {}
-    values = dict(args.set or {})
     if args.sample:
-        new = {"n": args.sample, "how": args.how, "like": args.like, "values": values, **seeded}
-        grids["sample"] = images, networks, _ = sample(model, data, **new, **how)
-        z, u, _ = draw_codes(model, data, **new)
-        drawn = images.unflatten(0, (len(networks), -1))[-2]                   # the last are real
-        save_images(out / f"sample-{args.sample}", drawn, z, u)
+        what = {"how": args.how,
+                "like": args.like,
+                "values": values}
+        grids["sample"] = sample(model, data, args.sample, **seeded, **what)
+        z, u, _ = draw_codes(model, data, args.sample, **what, seed=args.seed)
+        save_images(out / f"sample-{args.sample}", grids["sample"], z, u)
     elif not given and model.cfg.u == "own" and len(data.u.unique(dim=0)) <= 20:
-        grids["classes"] = classes(model, data, args.columns, **how, **seeded)
+        grids["classes"] = classes(model, data, args.columns, **seeded)
 
     # edits of given images
     if args.image:
-        grids["image"] = redraw(model, data, *args.image, **how, values=values, known=known)
+        grids["image"] = redraw(model, data, args.image, values=values, **seeded)
     if args.swap:
-        grids["swap"] = swap(model, data, *args.swap, **how, **which)
+        grids["swap"] = swap(model, data, *args.swap, **which)
     if args.between:
         grids["between"] = between(model, data, *args.between, args.columns, **how)
-    if not given and not args.sample and len(data.varied):
-        grids["true_factors"] = true_factors(data, known[0][0].item(), args.columns)
+    if alone and len(data.varied):
+        grids["true_factors"] = true_factors(data, rows[0].item(), args.columns)
 
     # traversals: a grid per network, and a GIF
     traversals = {}
     kind = "image" if args.image else "traversal"
-    if args.image or not (given or args.sample):
-        [base] = args.image or [None]
-        traversals = traverse(model, data, base, columns=args.columns, **how, **which)
+    if args.image or alone:
+        traversals = traverse(model, data, args.image, columns=args.columns, **which)
     grids.update({f"{kind}_{network}": grid for network, grid in traversals.items()})
     paths = []
     for name, grid in grids.items():

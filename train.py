@@ -19,11 +19,12 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 
 import torch
@@ -120,6 +121,13 @@ def sizes(text):
 
 # ---- Config, folder and log ----
 
+def shape_of(data):
+    """The fields of Config that data alone decide, a dict."""
+    channels, side, _ = data.image_shape
+    return dict(image_size=side, image_channels=channels, n_factors=len(data.varied),
+                n_u=data.u.shape[1])
+
+
 def recipe(data, size="small", paper=False, ivae=None, **changes):
     """The Config of a run on data, with its length in steps. ValueError if something cannot be.
 
@@ -132,20 +140,18 @@ def recipe(data, size="small", paper=False, ivae=None, **changes):
     # what the data leave no choice of
     if data.u.numel() or not len(data.varied):
         values["u"] = "own"
-    channels, side, _ = data.image_shape
-    shape = dict(image_size=side, image_channels=channels, n_factors=len(data.varied),
-                 n_u=data.u.shape[1])
+    shape = shape_of(data)
 
     # what a frozen iVAE leaves no choice of
-    fixed = {}
+    frozen = {}
     if ivae is not None:
         if ivae.cfg.model == "vae":
             raise ValueError("the model to freeze is a VAE: there is no p(z|u) to freeze.")
-        fixed = {name: getattr(ivae.cfg, name) for name in IVAE}
-        fixed.update(model="idiff", settle=0.0, unet_share=0.0)
+        frozen = {name: getattr(ivae.cfg, name) for name in IVAE}
+        frozen.update(model="idiff", settle=0.0, unet_share=0.0)
 
     try:
-        cfg = Config(**{**values, **fixed, **changes, **shape})
+        cfg = Config(**{**values, **frozen, **shape, **changes})
     except ValueError as error:
         if "nothing to tell" not in str(error):
             raise
@@ -153,28 +159,30 @@ def recipe(data, size="small", paper=False, ivae=None, **changes):
                          "factors without labels, --factor-sizes; a factor may have 1,000 values "
                          "at most. Without u and factors only --model vae --u own can be "
                          "trained.") from None
-    for name, value in fixed.items():
+    for name, value in [*frozen.items(), *shape.items()]:
         if getattr(cfg, name) != value:
-            raise ValueError(f"the frozen iVAE needs {name} {value}, got {getattr(cfg, name)}.")
+            raise ValueError(f"the data, or the frozen iVAE, need {name} {value}, got "
+                             f"{getattr(cfg, name)}. Leave it out; --image-size is for files.")
 
     # lengths and counts as they come out
-    steps = cfg.epochs * DRAWS_PER_EPOCH / cfg.batch_size
+    batch = cfg.batch_size
+    steps = cfg.epochs * DRAWS_PER_EPOCH / batch
     if cfg.model == "idiff":
         steps /= 1 - cfg.unet_share                            # the U-Net's come on top
     cfg = replace(cfg, steps=cfg.steps or max(1, round(steps)),
-                  rec_images=min(cfg.rec_images or cfg.batch_size, cfg.batch_size),
-                  ddpm_images=min(cfg.ddpm_images or cfg.batch_size, cfg.batch_size))
-    return replace(cfg, epochs=cfg.ivae_steps * cfg.batch_size / DRAWS_PER_EPOCH)
+                  rec_images=min(cfg.rec_images or batch, batch),
+                  ddpm_images=min(cfg.ddpm_images or batch, batch))
+    return replace(cfg, epochs=cfg.ivae_steps * batch / DRAWS_PER_EPOCH)
 
 
 def check_fit(cfg, data):
     """ValueError if a Config does not go with the data, or ranks cannot share its batches."""
-    wanted = (cfg.image_channels, cfg.image_size, cfg.image_size)
-    told = (len(data.varied), data.u.shape[1])
-    if data.image_shape != wanted or told != (cfg.n_factors, cfg.n_u) or cfg.steps < 1:
-        raise ValueError(f"the Config is of images {wanted}, {cfg.n_factors} factors, {cfg.n_u} "
-                         f"columns of u and {cfg.steps} steps; {data.name} has "
-                         f"{data.image_shape}, {told[0]} and {told[1]}. Make it by recipe(data).")
+    values = asdict(cfg)
+    shape = shape_of(data)
+    if {**values, **shape} != values or cfg.steps < 1:
+        wanted = {name: values[name] for name in [*shape, "steps"]}
+        raise ValueError(f"the Config is of {wanted}; {data.name} has {shape}, and a run a step or "
+                         "more. Make it by recipe(data).")
 
     shared = (cfg.batch_size, cfg.rec_images, cfg.ddpm_images)
     if any(n % WORLD for n in shared):
@@ -198,16 +206,11 @@ def check_same(cfg, data, info, content, path):
 
 def make_folder(cfg):
     """A new folder of a run, which no other run has."""
-    first = f"runs/{cfg.model}-s{cfg.seed}"
-    folder = first
-    n = 1
-    while True:
-        try:
+    for n in count(1):
+        folder = f"runs/{cfg.model}-s{cfg.seed}" + (f"-{n}" if n > 1 else "")
+        with suppress(FileExistsError):
             os.makedirs(folder)                            # of two runs at once one makes it
             return folder
-        except FileExistsError:
-            n += 1
-            folder = f"{first}-{n}"
 
 
 def open_log(out, cfg, size):
@@ -361,9 +364,8 @@ def restore(content, path, model, ema, optimizers):
 
         step = content["step"]
         log_size = content["log_size"]
-        if not type(step) is type(log_size) is int:
-            raise ValueError("its step or log_size is no whole number")
-        if not 0 < step <= model.cfg.steps or log_size < 0:
+        whole = type(step) is type(log_size) is int
+        if not whole or not 0 < step <= model.cfg.steps or log_size < 0:
             raise ValueError(f"step {step} of {model.cfg.steps}, a log of {log_size} bytes")
     except Exception as error:         # whatever torch raises, the file is at fault
         raise ValueError(f"'{path}' holds no state to resume from: {type(error).__name__}, "
@@ -494,8 +496,9 @@ def minimise(loss, parameters, steps):
     optimizer.step(closure)
 
 
-def fit_unmixing(prior, z, u, mixes=True, scales=True):
-    """(W, b, prior) of the greatest likelihood, by L-BFGS from W = 1, b = 0 and the given prior.
+def fit_unmixing(prior, z, u, z_held, u_held, mixes=True, scales=True):
+    """(W, b, prior) of the greatest likelihood, by L-BFGS from W = 1, b = 0 and the given prior,
+    and how likely codes held out are by these, (M,).
 
     mixes: else W is diagonal; scales: see likelihood.
     """
@@ -506,7 +509,8 @@ def fit_unmixing(prior, z, u, mixes=True, scales=True):
     mask = torch.ones_like(one) if mixes else one
     minimise(lambda: -likelihood(w * mask, b, prior, z, u, scales).mean(),
              [w, b, *prior.parameters()], steps=150)
-    return (w * mask).detach(), b.detach(), prior.requires_grad_(False)
+    found = (w * mask).detach(), b.detach(), prior.requires_grad_(False)
+    return found, likelihood(*found, z_held, u_held, scales)
 
 
 def unmix(prior, z, u, z_held, u_held):
@@ -518,23 +522,21 @@ def unmix(prior, z, u, z_held, u_held):
     and than with variances that u does not tell, which fix nothing. Else the first is None.
     Source: Pham & Cardoso 2001; Hyvarinen & Morioka 2016.
     """
-    fits = {"with": dict(), "without": dict(mixes=False), "no scales": dict(scales=False)}
-    found, held = {}, {}
-    for name, how in fits.items():
-        found[name] = fit_unmixing(prior, z, u, **how)
-        with torch.no_grad():
-            held[name] = likelihood(*found[name], z_held, u_held, how.get("scales", True))
+    codes = z, u, z_held, u_held
+    found, held = fit_unmixing(prior, *codes)
+    _, without = fit_unmixing(prior, *codes, mixes=False)
+    _, no_scales = fit_unmixing(prior, *codes, scales=False)
 
     # each gain in units of its error; an image that was drawn twice counts once
     n = len(z_held.unique(dim=0))
     gains = []
-    for name in ("without", "no scales"):
-        gain = held["with"] - held[name]
+    for other in (without, no_scales):
+        gain = held - other
         gains.append((gain.mean() / gain.std() * n**0.5).item())
     accepted = all(gain > 3 for gain in gains)             # not where a fit failed: NaN
-    told = {"from": held["without"].mean().item(), "to": held["with"].mean().item(),
+    told = {"from": without.mean().item(), "to": held.mean().item(),
             "gain in errors": min(gains), "accepted": accepted}
-    return found["with"] if accepted else None, told
+    return found if accepted else None, told
 
 
 @torch.no_grad()
@@ -680,16 +682,15 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
             log_size = content["log_size"]
 
     # the folder, once nothing can be wrong; only rank 0 writes
+    model.info = info
     claimed = nullcontext()
     if RANK == 0:
         out = out or make_folder(cfg)
         claimed = open_log(out, cfg, log_size)
-    model.info = info
-    ema.info = {**info, "out": out}
-    if RANK == 0:
         print(describe(data, model), flush=True)
         if resume:
             print(f"goes on with '{resume}' after step {first_step}", flush=True)
+    ema.info = {**info, "out": out}
 
     # train, then look at what came out
     with claimed:
@@ -704,35 +705,25 @@ class Pace:
     """Tells once that steps take twice as long as others of the same stage of the run did."""
 
     def __init__(self):
-        self.stage = None
-        self.since = None                                  # step and time of the last look
-        self.fastest = math.inf                            # seconds of a step in this stage
+        self.since = None, 0, 0.0                          # stage, step and time of the last look
+        self.fastest = {}                                  # seconds of a step, by stage
         self.told = False
 
     def look(self, stage, step):
-        """To be called now and then, with the number of steps done."""
+        """To be called now and then, with the number of steps done; stage None: between steps."""
         now = time.time()
-        if stage != self.stage:
-            self.stage = stage
-            self.since = None
-            self.fastest = math.inf
-        if self.since is None:
-            self.since = step, now
-            return
-
-        # two seconds or more, for less says little
-        first, start = self.since
-        if now - start < 2:
-            return
-
-        seconds = (now - start) / (step - first)
-        self.since = step, now
-        self.fastest = min(self.fastest, seconds)
-        if seconds > 2 * self.fastest and not self.told:
-            self.told = True
-            print(f"A step takes {seconds / self.fastest:.1f} times as long as before, perhaps "
-                  "because other programs are busy. Ctrl-C and --resume choose the number of "
-                  "threads anew.", file=sys.stderr)
+        before, first, start = self.since
+        if stage != before:
+            self.since = stage, step, now
+        elif now - start >= 2:                             # less says little
+            self.since = stage, step, now
+            seconds = (now - start) / (step - first)
+            fastest = self.fastest[stage] = min(seconds, self.fastest.get(stage, seconds))
+            if seconds > 2 * fastest and not self.told:
+                self.told = True
+                print(f"A step takes {seconds / fastest:.1f} times as long as before, perhaps "
+                      "because other programs are busy. Ctrl-C and --resume choose the number of "
+                      "threads anew.", file=sys.stderr)
 
 
 def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
@@ -790,7 +781,7 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
                 idiff.save_checkpoint(path, model, ema, step=done,
                                       log_size=os.path.getsize(f"{out}/log.jsonl"),
                                       optimizers=[each.state_dict() for each in optimizers])
-                pace.since = None                          # the pace is of steps alone
+                pace.look(None, done)                      # the pace is of steps alone
             if stopping:
                 barrier()                                  # rank 0 has saved: all end
                 raise KeyboardInterrupt(f"saved. Go on with: {command('train', '--resume', path)}")
@@ -870,22 +861,26 @@ def finish(model, data, out):
 
 def draw_losses(path, out):
     """losses.png: each term, and the gradient's norm, by step."""
-    records = [json.loads(line) for line in Path(f"{out}/log.jsonl").read_text().splitlines()]
-    records = [record for record in records if "seconds" in record]
-    if not records:
+    curves = defaultdict(list)                             # {name: [(step, value), ...]}
+    for line in Path(f"{out}/log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "seconds" in record:
+            step = record.pop("step")
+            del record["seconds"]
+            for name, value in record.items():
+                curves[name].append((step, value))
+    if not curves:
         raise ValueError("log.jsonl, maybe not the run's own, holds no steps")
-    names = dict.fromkeys(name for record in records for name in record)
-    names = [name for name in names if name not in ("step", "seconds")]
+
     # a panel for each; all end at the last step
-    figure, axes = idiff.panels(len(names), (8, 2.2))
-    for axis, name in zip(axes, names):
-        points = [(r["step"], r[name]) for r in records if name in r]
-        steps, values = zip(*points)
+    figure, panels = idiff.panels(curves, (8, 2.2))
+    for name, axis in panels:
+        steps, values = zip(*curves[name])
         marker = "." if len(steps) < 10 else None          # a single point has no line
         axis.plot(steps, values, marker=marker)
-        axis.set(title=f"{name} by step", xmargin=0, xlim=(0, records[-1]["step"]),
+        axis.set(title=f"{name} by step", xmargin=0, xlim=(0, step),
                  yscale="log" if min(values) > 0 else "linear")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
 @torch.no_grad()
@@ -1065,9 +1060,6 @@ def prepare(args, given):
     else:
         data = idiff.load_data(args.data or "shapes3d", device, given.get("image_size"),
                                args.factor_sizes)
-    side = data.image_shape[1]
-    if given.get("image_size", side) != side:
-        raise ValueError(f"--image-size resizes files; {data.name} has images of {side} pixels.")
     if args.factor_sizes not in (None, data.factor_sizes):
         raise ValueError(f"--factor-sizes {args.factor_sizes} is for .npz and .h5 files without "
                          f"factors; those of {data.name} have {data.factor_sizes or 'no'} values.")
