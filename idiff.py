@@ -36,7 +36,7 @@ import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -1346,7 +1346,6 @@ class Data:
         else:
             self.table = torch.as_tensor(factors, device=device)
             self.numbers, self.order = (self.table * self.strides).sum(dim=1).sort()
-            self.distinct = self.numbers.unique()              # (G,), the combinations that exist
         u = torch.zeros(len(self), 0) if u is None else u
         self.u = torch.as_tensor(u, dtype=torch.float32, device=device)
 
@@ -1406,6 +1405,11 @@ class Data:
             left = scores[:, k, :size].masked_fill(n_rows == 0, -math.inf)
             low = low + left.argmax(dim=1) * self.strides[k]
         return self.rows_of(low, generator)
+
+    @cached_property
+    def distinct(self):
+        """The numbers (G,) of the combinations of values that exist."""
+        return self.numbers.unique()
 
     def modulate_at_once(self, s, m, generator):
         """The same, by the probability of each combination that exists."""
