@@ -667,6 +667,8 @@ def generation(model, data, rows, codes, n, seed):
             quality[name] = {"Frechet": frechet(features(net, image), reference), "error": error}
             if not y.size:
                 continue
+
+            # what the classifier reads: as asked, or as likely as u says
             seen = read(image)                                 # (n, K)
             quality[name].update(looks(image, seen, data))
             if not of_u:
@@ -734,7 +736,9 @@ def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name
     result = {"file": name, "data": data.name, "fingerprint": data.fingerprint, "model": cfg.model,
               "codes": f"{kind} of q(z|x), averaged weights", "config": vars(cfg),
               "training": model.info, "seed": seed, **spread(arrays["codes"])}
-    if every_u.shape[1] == cfg.u_dim:            # else the model knows another u
+
+    # what needs no factors, if u is what the model was trained with
+    if every_u.shape[1] == cfg.u_dim:
         few = slice(N_PAIRS)
         prior, shown = measure_prior(model, data, others[few], samples_others[few], every_u,
                                      own[few])
@@ -743,6 +747,7 @@ def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name
     if generate:
         result["generation"] = generation(model, data, rows, codes, generate, seed)
 
+    # what needs factors
     if data.factor_names:
         factors = array(data.factors(rows))
         drawn = others if modulated else others[:0]
@@ -955,6 +960,8 @@ def agreements(results):
         if "fingerprint" in r and "arrays" in r:
             same_rows = r["fingerprint"], r["config"]["u"] == "own"
             groups[same_rows].append(r)
+
+    # one run has nothing to agree with
     found = []
     for group in groups.values():
         if len(group) > 1:
@@ -965,6 +972,7 @@ def agreements(results):
 
 def format_agreement(a):
     """The table of an agreement: each run beside the first, whose latents are those named."""
+    # a row for each pair with the first run, then of all pairs
     first, *others = a["files"]
     names = latent_names(range(len(a["per_latent"])))
     rows = [["run", "agreement", "canonical correlation", "shuffled rows", *names]]
@@ -1051,6 +1059,7 @@ def draw_information(r):
 def draw_latents_by_u(r):
     """Samples of 40 latents at most, by the index of u, or where more than 50 are different by the
     column of u that each latent follows most."""
+    # few u have numbers; many, such as times, have values that mean more
     arrays = r["arrays"]
     figure, panels = idiff.panels(arrays["samples"].T[:40], (6, 2))
     for i, (z, ax) in enumerate(panels):

@@ -299,7 +299,10 @@ def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0):
         z = model.sample_prior(u)
     if values:
         z, rows = with_values(z, values, data, survey(model, data, seed))
-    chosen = torch.randint(len(rows), (n,), generator=generator, device=data.device)
+
+    # real ones, each once before one comes again
+    order = torch.randperm(len(rows), generator=generator, device=data.device)
+    chosen = order.repeat(n // len(rows) + 1)[:n]
     return z, u, rows[chosen]
 
 
@@ -409,6 +412,8 @@ def start(args):
     rows, _, names = survey(model, data, args.seed)
     names = choose(args.latents, names)
     print(f"{', '.join(names.values())}; pictures go to {out}", flush=True)
+
+    # given images keep their noise, which takes more steps
     given = args.image or args.swap or args.between
     alone = not given and not args.sample
     how = {"steps": args.steps or (50 if given else 20), "sampler": args.sampler}
@@ -419,9 +424,7 @@ def start(args):
     # new images
     grids = {}
     if args.sample:
-        what = {"how": args.how,
-                "like": args.like,
-                "values": values}
+        what = {"how": args.how, "like": args.like, "values": values}
         grids["sample"] = sample(model, data, args.sample, **seeded, **what)
         z, u, _ = draw_codes(model, data, args.sample, **what, seed=args.seed)
         save_images(out / f"sample-{args.sample}", grids["sample"], z, u)
@@ -444,6 +447,8 @@ def start(args):
     if args.image or alone:
         traversals = traverse(model, data, args.image, columns=args.columns, **which)
     grids.update({f"{kind}_{network}": grid for network, grid in traversals.items()})
+
+    # each by itself: one that cannot be drawn costs no other
     paths = []
     for name, grid in grids.items():
         with drawing(out / f"{name}.png") as path:

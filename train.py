@@ -575,6 +575,8 @@ def unmix_model(model, ema, optimizer, data, step):
     if WORLD > 1:                                          # rank 0's, to rounding the same
         dist.broadcast_object_list(result)
     [(found, told)] = result
+
+    # into both models; the averaged weights go on as the model's
     if found:
         w, b, prior = (each.to(z.device) for each in found)
         ema.encoder.turn(w, b)
@@ -587,7 +589,7 @@ def unmix_model(model, ema, optimizer, data, step):
 
 # ---- The prior's fit ----
 
-def fit_prior(model, data):
+def fit_prior(model, data, step):
     """Fit p(z|u) of a model to its own codes by maximum likelihood; z stays as it is.
 
     Beside the contrast the KL is too light to hold it: the contrast cares for ratios of p(z|u)
@@ -597,8 +599,9 @@ def fit_prior(model, data):
     weights = [p for p in prior.parameters() if p.requires_grad]
     if not model.cfg.contrast or not weights:              # the paper's, frozen, or not learned
         return
-    z, u = draw_codes(model, data, 30_000, held_out=False)
-    z_held, u_held = draw_codes(model, data, 5_000, held_out=True)
+    n_seen = step * model.cfg.batch_size                   # after few steps there is little to fit
+    z, u = draw_codes(model, data, min(n_seen, 30_000), held_out=False)
+    z_held, u_held = draw_codes(model, data, min(n_seen, 5_000), held_out=True)
 
     def surprise(prior, z, u):
         return -prior(u).log_prob(z).sum(dim=1).mean()
@@ -659,7 +662,7 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
     checkpoint is to keep. ValueError if something cannot be, or a loss is not finite;
     KeyboardInterrupt, once all is saved, after Ctrl-C or SIGTERM.
     """
-    # what the run is, and where it goes on
+    # where the run goes on: by a checkpoint that is named, or by the one that its folder holds
     info = info or {}
     first_step = log_size = 0
     if out and os.path.exists(f"{out}/ckpt.pt"):           # a job that is queued again
@@ -673,6 +676,8 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
             ivae = idiff.load_checkpoint(resume, data.device)
     else:
         info = {**provenance(data), **info}
+
+    # all that can be wrong is found before a folder is made
     check_fit(cfg, data)
     model, ema, optimizers = build(cfg, data.device, ivae)
     if resume:
@@ -681,7 +686,7 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
             out = os.path.dirname(os.path.realpath(resume))                    # a link stays one
             log_size = content["log_size"]
 
-    # the folder, once nothing can be wrong; only rank 0 writes
+    # the folder; only rank 0 writes
     model.info = info
     claimed = nullcontext()
     if RANK == 0:
@@ -756,7 +761,7 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
             numbers = train_step(cfg, ranked, ema, optimizers, batch, step)
             done = step + 1
             if done == cfg.ivae_steps:
-                fit_prior(ema, data)
+                fit_prior(ema, data, done)
 
             stopping = torch.tensor(len(stop))             # on any rank
             if WORLD > 1:

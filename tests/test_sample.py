@@ -141,7 +141,7 @@ def test_a_prior_that_is_too_wide_is_fitted(monkeypatch):
     model = learned(5000, width=1.1)
     with torch.no_grad():
         assert (standard(model, *codes(20_000, 3)) - 1 / 1.1).abs().max() < 0.03
-    train.fit_prior(model, None)
+    train.fit_prior(model, None, step=1000)
     with torch.no_grad():
         assert (standard(model, *codes(20_000, 3)) - 1).abs().max() < 0.02
 
@@ -158,7 +158,7 @@ def test_the_prior_stays_where_a_fit_is_not_wanted(monkeypatch, why):
     if why == "frozen":
         model.requires_grad_(False)
     before = [p.clone() for p in model.prior.parameters()]
-    train.fit_prior(model, None)
+    train.fit_prior(model, None, step=1000)
     assert all(map(torch.equal, before, model.prior.parameters()))
 
 
@@ -166,10 +166,10 @@ def test_a_run_ends_with_the_fit_and_z_stays(classes_npz, tmp_path, monkeypatch)
     fitted = []
     fit = train.fit_prior
 
-    def record(model, data):
+    def record(model, data, step):
         x = data.images(torch.arange(9))
         before = model.encode(x)[0]
-        fit(model, data)
+        fit(model, data, step)
         fitted.append(torch.equal(before, model.encode(x)[0]))
         model.prior.linear.bias.data += 1                  # to be found again
         fitted.append(model.prior.linear.bias.detach().clone())
