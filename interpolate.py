@@ -147,15 +147,18 @@ def with_values(z, values, data, known):
     z = z.clone()
     miss = np.zeros(len(rows))
     for name, value in values.items():
-        [(i, label)] = choose([name], names).items()
+        chosen = choose([name], names)
+        [(i, label)] = chosen.items()
         factor = label.split(" · ")[-1]
         if factor not in data.factor_names:
             raise ValueError(f"'{label}' matches no factor, so none of its codes has a value.")
         k = data.factor_names.index(factor)
-        seen = data.values[k][data.factors(rows)[:, k].cpu()]
+        index = data.factors(rows)[:, k].cpu()
+        seen = data.values[k][index]                           # (N,)
         if not seen.min() <= value <= seen.max():
             raise ValueError(f"{factor} goes from {seen.min()} to {seen.max()}, got {value}.")
-        z[:, i] = float(codes_of_values(value, codes[:, i].cpu().numpy(), seen))
+        of_latent = codes[:, i].cpu().numpy()
+        z[:, i] = float(codes_of_values(value, of_latent, seen))
         miss += abs(seen - value)
     return z, rows[np.flatnonzero(miss == miss.min())]
 
@@ -295,6 +298,7 @@ def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0):
         index = torch.randint(len(codes), shape, generator=generator, device=data.device)
         z = codes.gather(0, index)
 
+    # z of u, and what is asked for in its place
     if u is not None:
         z = model.sample_prior(u)
     if values:
@@ -388,6 +392,23 @@ def save_images(folder, grid, z, u):
         Image.fromarray(image.squeeze()).save(folder / f"{k:05}.png")
 
 
+def write_pictures(out, grids, films):
+    """Write {name: grid} as PNGs and {file: what traverse returns} as GIFs; returns their paths."""
+    # each by itself: one that cannot be drawn costs no other
+    paths = []
+    for name, grid in grids.items():
+        with drawing(out / f"{name}.png") as path:
+            idiff.save_grid(path, *grid)
+            paths.append(path)
+    for file, traversals in films.items():
+        with drawing(out / file) as path:
+            write_gif(path, traversals)
+            paths.append(path)
+    if not paths:
+        raise ValueError(f"no picture could be drawn in '{out}'.")
+    return paths
+
+
 def check_flags(args):
     """ValueError unless the numbers of flags can be, and flags of new images have some."""
     for name, least in (("columns", 2), ("steps", 1), ("seed", 0), ("sample", 1), ("like", 0)):
@@ -424,7 +445,9 @@ def start(args):
     # new images
     grids = {}
     if args.sample:
-        what = {"how": args.how, "like": args.like, "values": values}
+        what = {"how": args.how,
+                "like": args.like,
+                "values": values}
         grids["sample"] = sample(model, data, args.sample, **seeded, **what)
         z, u, _ = draw_codes(model, data, args.sample, **what, seed=args.seed)
         save_images(out / f"sample-{args.sample}", grids["sample"], z, u)
@@ -448,19 +471,7 @@ def start(args):
         traversals = traverse(model, data, args.image, columns=args.columns, **which)
     grids.update({f"{kind}_{network}": grid for network, grid in traversals.items()})
 
-    # each by itself: one that cannot be drawn costs no other
-    paths = []
-    for name, grid in grids.items():
-        with drawing(out / f"{name}.png") as path:
-            idiff.save_grid(path, *grid)
-            paths.append(path)
-    if traversals:
-        with drawing(out / f"{kind}.gif") as path:
-            write_gif(path, traversals)
-            paths.append(path)
-    if not paths:
-        raise ValueError(f"no picture could be drawn in '{out}'.")
-    return paths
+    return write_pictures(out, grids, {f"{kind}.gif": traversals} if traversals else {})
 
 
 def main(argv=None):
