@@ -167,7 +167,7 @@ def known_share(codes, factors, n_bins=20):
 
 
 def mig_per_factor(codes, factors, n_bins=20):
-    """(I_1 - I_2) / H of each factor's two best latents, (K,), Eq. 1; I_2 = 0 if there is only one."""
+    """(I_1 - I_2) / H of each factor's two best latents, (K,), Eq. 1; I_2 = 0 if there is one."""
     share = known_share(codes, factors, n_bins)
     *_, second, best = np.sort(np.vstack([share, 0 * share[:1]]), axis=0)      # plus a dead latent
     return best - second
