@@ -383,7 +383,7 @@ def stage(cfg, step):
 
 
 def rate_share(cfg, step):
-    """Share of the peak learning rates: a warm-up over 100 steps of each stage, times the schedule's."""
+    """Share of the peak learning rates: 100 steps of warm-up in each stage, times the schedule."""
     k, n = stage(cfg, step)
     return min(1.0, (k + 1) / 100) * idiff.SCHEDULES[cfg.schedule](k / n)
 
