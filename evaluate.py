@@ -120,8 +120,8 @@ def as_arrays(codes, factors, n_bins=None):
         values, labels[:, j] = np.unique(column, return_inverse=True)
         if n_bins and len(values) > max(n_bins, min(len(column) / 4, 256)):
             labels[:, j] = equal_bins(column, n_bins)
-            warnings.warn(f"factor {j} is a number, not a class: it is put into {n_bins} equal "
-                          "bins, except for MCC.")
+            warnings.warn(f"factor {j} is a number, not a class: put into {n_bins} equal bins, but "
+                          "for MCC.")
     return codes, labels
 
 
@@ -129,7 +129,7 @@ def varying(factors):
     """Which factors take more than one value, (K,) bool; warns about each that does not."""
     varies = np.ptp(factors, axis=0) > 0
     for j in np.flatnonzero(~varies):
-        warnings.warn(f"factor {j} is constant: it is left out of every mean.")
+        warnings.warn(f"factor {j} is constant: left out of every mean.")
     return varies
 
 
@@ -544,7 +544,7 @@ def frechet(a, b):
     """
     gap = a.mean(dim=0) - b.mean(dim=0)
     a, b = ((each - each.mean(dim=0)) / (len(each) - 1)**0.5 for each in (a, b))
-    # the trace of the root of the product of the covariances a'a and b'b, which R of QR shares
+    # the trace of the root of the product of the covariances a'a and b'b; R of QR has the same
     r_a, r_b = (torch.linalg.qr(each, mode="r").R for each in (a, b))
     shared = torch.linalg.svdvals(r_a @ r_b.T).sum()
     distance = gap.square().sum() + a.square().sum() + b.square().sum() - 2 * shared
@@ -785,7 +785,7 @@ def report_of_codes(codes, factors, names, n=N_DCI, seed=0, n_bins=20, trees=Tru
 def check_counts(n, generate, n_bins):
     """ValueError unless these numbers are in range."""
     if n < 3 or generate < 0 or not 2 <= n_bins <= 1000:
-        raise ValueError("--n must be at least 3, --generate at least 0, --n-bins 2 to 1,000: got "
+        raise ValueError("--n must be at least 3, --generate 0, --n-bins 2 to 1,000: got "
                          f"{n}, {generate} and {n_bins}.")
 
 
