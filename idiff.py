@@ -284,7 +284,7 @@ def kl_loss(q, p):
 
 
 def balanced_kl(q, p, share):
-    """KL(q || p), whose gradient goes to p with this share, to q with the rest; 0.5: plain KL.
+    """KL(q || p) that gives p this share of its gradient, and q the rest; 0.5 is the plain KL.
 
     Source: KL balancing, Hafner et al. 2022.
     """
@@ -546,7 +546,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(8, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)                      # the block starts as its skip
+        nn.init.zeros_(self.conv2.weight)                      # it starts near its skip
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))                  # (B, F, H, W)
@@ -1253,8 +1253,8 @@ class ScalesU:
     def pack(self, log_scale, centre):
         """u (B, U) of log-scales, in [log u_scale, 0], and centres, (B, K) each.
 
-        K: the factors that vary, in the order of data.varied. It is the inverse of unpack: pack(
-        **unpack(u)) is u, and a centre may be changed in between.
+        K: the factors that vary, in the order of data.varied. It inverts unpack: pack(**told)
+        gives u again if told is unpack(u); a centre in told may be changed before.
         """
         scales = 1 - 2 * log_scale / math.log(self.u_scale)
         return torch.cat([scales, centre], dim=1) if self.tells_centres else scales
@@ -1322,8 +1322,8 @@ class Data:
 
         _, height, width = image_shape
         if height != width or height % 16:
-            raise ValueError(f"images of {name} are {height} x {width} pixels; wanted are squares "
-                             "with a side that is a multiple of 16.")
+            raise ValueError(f"images of {name} are {height} x {width} pixels; they must be "
+                             "squares with a side that is a multiple of 16.")
 
         # a row of the full grid has the number sum of index * stride
         self.sizes = torch.tensor(self.factor_sizes, dtype=torch.int64, device=device)
@@ -1384,8 +1384,8 @@ class Data:
         each factor in turn, in the columns' order, takes one of the values left: once the first
         factors have values, the rows left are those whose numbers lie in one interval [low, low +
         stride). Each value of the next factor is a part of that interval, and exists if two binary
-        searches in the sorted numbers find a row in it. So a draw costs searches for K factors, not
-        N comparisons.
+        searches in the sorted numbers find a row in it. So a draw costs K rounds of searches, not N
+        comparisons.
         """
         if self.table is not None and len(self.distinct) <= 2000:
             return self.modulate_at_once(s, m, generator)
@@ -1496,11 +1496,11 @@ def read_file(path, device):
     except (MemoryError, ImportError) as error:
         raise type(error)(f"'{path}' cannot be used as data: {error}") from None
     except Exception:                  # zip, h5 and numpy raise many kinds
-        raise ValueError(f"'{path}' cannot be used as data: it is no .npz or .h5 file of arrays of "
-                         "numbers, or is damaged. Save it by np.savez.") from None
+        raise ValueError(f"'{path}' cannot be used as data: it is not an .npz or .h5 file of "
+                         "arrays of numbers, or is damaged. Save it with np.savez.") from None
     if "images" not in arrays:
         raise ValueError(f"'{path}' has no array images, but {held or 'nothing'}. Save what it has "
-                         "under the names images, factors, factor_names and u by np.savez.")
+                         "under the names images, factors, factor_names and u with np.savez.")
     return arrays
 
 
@@ -1511,7 +1511,7 @@ def read_folder(folder, device, side):
     """
     tables = list(Path(folder).glob("[!.]*.csv"))              # hidden files are not tables
     if len(tables) != 1:
-        raise ValueError(f"'{folder}' cannot be used as data: a folder must hold one .csv, and "
+        raise ValueError(f"'{folder}' cannot be used as data: a folder must hold one .csv, but "
                          f"here are {len(tables)}.")
     names, files, numbers = read_table(tables[0])
     if len(set(files)) < len(files):
@@ -1561,7 +1561,7 @@ def read_table(path):
         if not files:
             raise ValueError("no other line follows")
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"'{path}', line {reader.line_num}: {error}. Wanted are the columns' "
+        raise ValueError(f"'{path}', line {reader.line_num}: {error}. The file needs the columns' "
                          "names, one of them file, then a row for each picture: its file, and "
                          "finite numbers. For words write np.unique(words, return_inverse=True)"
                          "[1].") from None
@@ -1577,10 +1577,10 @@ def read_picture(path, side):
         animated = getattr(file, "is_animated", False) and file.format != "MPO"
         picture = ImageOps.exif_transpose(file)                # turned the way the camera was held
     except Exception as error:         # each format raises kinds of its own
-        raise ValueError(f"'{path}' is no picture that can be read: {error}.") from None
+        raise ValueError(f"'{path}' is not a picture that can be read: {error}.") from None
     if animated or picture.mode in ("I", "F"):
-        raise ValueError(f"'{path}' has several frames, or 32 bits a pixel; wanted is one frame of "
-                         "8 or 16 bits. Save it as a PNG.")
+        raise ValueError(f"'{path}' has several frames, or 32 bits a pixel; it must be one frame "
+                         "of 8 or 16 bits. Save it as a PNG.")
 
     # reduce 16 bits to 8, and put what is transparent on white
     if "16" in picture.mode:
@@ -1610,15 +1610,15 @@ def check_arrays(arrays, path, device, image_size):
         images = images[..., None]
     fits = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] in (1, 3)
     if not fits or not images.size or images.dtype.kind not in "buif":
-        raise ValueError(f"'{path}': {found}; wanted are numbers, (N, H, H) or (N, H, H, C) with 1 "
-                         "or 3 channels. Crop them, or drop channels: images[..., :3]; or put "
+        raise ValueError(f"'{path}': {found}; they must be numbers, (N, H, H) or (N, H, H, C) with "
+                         "1 or 3 channels. Crop them, or drop channels: images[..., :3]; or put "
                          "channels last: images.transpose(0, 2, 3, 1).")
 
     # pixels as they are stored; the brightest tells what is white
     low, high = images.min(), images.max()
     if not 0 <= low <= high <= 255:                            # False for NaN, too
-        raise ValueError(f"'{path}': {found}, from {low} to {high}; wanted are 0 to 1 or 0 to 255. "
-                         "Scale them.")
+        raise ValueError(f"'{path}': {found}, from {low} to {high}; they must be in 0 to 1 or 0 to "
+                         "255. Scale them.")
     white = 1 if high <= 1 else 255
     kind = np.float32 if images.dtype.kind == "f" else np.uint8
     pixels = torch.from_numpy(images.astype(kind, copy=False)).to(device)
@@ -1645,8 +1645,8 @@ def check_arrays(arrays, path, device, image_size):
                  for text in arrays["factor_names"].flat]
     named = dict(zip(names, values))
     if not len(named) == len(names) == len(values):
-        raise ValueError(f"'{path}': factor_names are {names}; wanted are {len(values)} different "
-                         "names.")
+        raise ValueError(f"'{path}': factor_names are {names}; they must be {len(values)} "
+                         "different names.")
 
     warn_of_factors(names, factors)
 
