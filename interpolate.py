@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Show what each latent does, in labelled PNG grids and a GIF: traversals, edits, new images.
+"""Show what each latent does: traversals, edits, interpolations, samples, as PNG grids and a GIF.
 
     python interpolate.py runs/NAME/ckpt.pt
     python interpolate.py runs/NAME/ckpt.pt --sample 10 --set scale=3 "object hue"=0.5
