@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
 """How disentangled is a code? MIG (Eq. 1), MCC, DCI and modularity, with a report and pictures.
 
-    python evaluate.py runs/NAME/ckpt.pt                 # a report; many: the paper's tables
-    python evaluate.py runs/NAME/ckpt.pt --generate 200  # and how good generated images are
-    python evaluate.py runs/A/ckpt.pt runs/B/ckpt.pt     # and whether runs agree on their latents
+    python evaluate.py runs/NAME/ckpt.pt                 # write a report
+    python evaluate.py runs/NAME/ckpt.pt --generate 200  # also judge generated images
+    python evaluate.py runs/A/ckpt.pt runs/B/ckpt.pt     # the paper's tables, and agreement
 
-A path may also be a metrics.json, which is read as it is, or a codes.npz with codes (N, D),
-factors (N, K) and maybe factor_names of somebody else's model. Metrics are functions of codes and
-factors; what is undefined is NaN, with a warning. Without factors the report tells what p(z|u) can
-identify. In Python: report(model, data), agreement(codes). Sources: Chen 2018 (MIG), Hyvarinen 2016
-(MCC), Eastwood 2018 (DCI), Ridgeway 2018 (modularity), Khemakhem 2020 (what u identifies,
-agreement).
+A path may also be a metrics.json, which is read as it is, or a codes.npz of somebody else's model,
+with the arrays codes (N, D), factors (N, K) and perhaps factor_names. Metrics are functions of
+codes and factors; a metric that is undefined is NaN, with a warning. Even without factors the
+report tells what p(z|u) can identify. In Python: report(model, data), agreement(codes). Sources:
+Chen 2018 (MIG), Hyvarinen 2016 (MCC), Eastwood 2018 (DCI), Ridgeway 2018 (modularity), Khemakhem
+2020 (what u identifies, agreement).
 """
 import argparse
 import json
@@ -32,9 +32,9 @@ from torch.nn import functional as F
 import idiff
 from idiff import drawing, in_one_line, progress
 
-N_SCORES = 10_000           # rows of the standard, of all metrics but DCI
-N_DCI = 15_000              # two thirds of them train the trees
-N_PAIRS = 1000              # where each row is compared with each
+N_SCORES = 10_000           # rows that all metrics except DCI use by default
+N_DCI = 15_000              # rows that DCI uses at most; two thirds train its trees
+N_PAIRS = 1000              # rows used where every row is compared with every other
 
 NAMES = {"mig": "discrete MIG",
          "mcc": "Spearman MCC",
@@ -57,18 +57,18 @@ def build_parser():
     add = parser.add_argument
     add("paths", nargs="+", type=idiff.user_path, help="ckpt.pt, metrics.json or codes.npz")
     add("--out", type=idiff.user_path,
-        help="folder of the report, or of many paths' tables (default: theirs)")
+        help="folder for the report, or for the tables of many paths (default: theirs)")
     add("--n", type=int, default=N_DCI,
-        help="images to encode; DCI takes 15,000 at most, the others 10,000, or all if there are "
+        help="images to encode; DCI uses 15,000 at most, the others 10,000, or all if there are "
         "more than 15,000 (default: 15000)")
     add("--generate", type=int, default=0, metavar="N",
-        help="images to generate and to judge (default: 0)")
+        help="number of images to generate and judge (default: 0)")
     add("--n-bins", type=int, default=20,
-        help="of latents, and of factors that are numbers (default: 20)")
+        help="number of bins for latents, and for factors that are numbers (default: 20)")
     add("--no-dci", action="store_true", help="skip DCI, which takes most of the time")
-    add("--seed", type=int, default=0, help="of rows, samples and trees (default: 0)")
+    add("--seed", type=int, default=0, help="seed of rows, samples and trees (default: 0)")
     add("--data", type=os.path.expanduser,
-        help="name or path of the data (default: those the model was trained on)")
+        help="name or path of the data (default: the data that the model was trained on)")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     return parser
 
@@ -76,26 +76,26 @@ def build_parser():
 # ---- Metrics ----
 
 def equal_bins(values, n_bins):
-    """The bin of each value, of equal widths between their minimum and maximum."""
-    # an outlier squeezes all others; the last bin is closed
+    """The bin of each value; the bins have equal widths between the minimum and the maximum."""
+    # an outlier squeezes all other values; the last bin includes its right edge
     left_edges = np.linspace(values.min(), values.max(), n_bins, endpoint=False)
     return np.digitize(values, left_edges) - 1
 
 
 def array(x):
-    """A tensor on any device as an array."""
+    """A NumPy array of a tensor on any device."""
     return x.cpu().numpy()
 
 
 def as_numbers(a, name):
-    """An array or tensor as float64 (N, columns); ValueError unless its numbers are finite."""
+    """An array or tensor as float64 (N, columns); ValueError unless it holds finite numbers."""
     if torch.is_tensor(a):
         a = a.detach().cpu().double()
     a = np.asarray(a)
     if a.ndim != 2 or 0 in a.shape or len(a) < 2 or a.dtype.kind not in "buif":
         raise ValueError(f"{name} must be numbers, 2 rows or more; got {a.dtype} {a.shape}.")
     a = a.astype(float)
-    if not (abs(a) < 1e150).all():               # or squares could overflow
+    if not (abs(a) < 1e150).all():               # beyond it squares could overflow
         raise ValueError(f"{name} hold NaN, inf or numbers beyond 1e150.")
     return a
 
@@ -103,13 +103,14 @@ def as_numbers(a, name):
 def as_arrays(codes, factors, n_bins=None):
     """codes as float64 (N, D), factors as int64 (N, K) re-indexed to 0, 1, ...; or ValueError.
 
-    Given n_bins, a factor of more values than these, and than 256 or a quarter of the rows, is a
-    number and not a class: its labels are equal bins, with a warning.
+    Given n_bins, a factor counts as a number, not a class, if it has more values than n_bins and
+    than 256 or a quarter of the rows, whichever is less: its labels are then equal bins, with a
+    warning.
     """
     codes = as_numbers(codes, "codes")
     factors = as_numbers(factors, "factors")
 
-    # a row of each for every image
+    # every image has a row of codes and a row of factors
     if len(codes) != len(factors):
         raise ValueError(f"{len(codes)} rows of codes, but {len(factors)} of factors.")
 
@@ -125,7 +126,7 @@ def as_arrays(codes, factors, n_bins=None):
 
 
 def varying(factors):
-    """Which factors take more than one value, (K,) bool; warns of each that does not."""
+    """Which factors take more than one value, (K,) bool; warns about each that does not."""
     varies = np.ptp(factors, axis=0) > 0
     for j in np.flatnonzero(~varies):
         warnings.warn(f"factor {j} is constant: left out of every mean.")
@@ -134,20 +135,20 @@ def varying(factors):
 
 def mean_of(values, metric, wanted="a varying factor"):
     """Mean of the values that are not NaN; NaN and a warning if there are none."""
-    if np.isnan(values).all():                   # also if there are no values
+    if np.isnan(values).all():                   # this also holds if there are no values
         warnings.warn(f"{metric} is undefined: it needs {wanted}.")
         return np.nan
     return float(np.nanmean(values))
 
 
 def entropies(factors):
-    """H of each column of whole numbers from 0 on, (K,), in nats."""
+    """Entropy in nats of each column of whole numbers from 0 up, (K,)."""
     from scipy.stats import entropy
     return np.array([entropy(np.bincount(column)) for column in factors.T])
 
 
 def mutual_information(codes, factors, n_bins=20):
-    """I(z_i; y_j) in nats, (D, K), each latent in equal bins between its minimum and maximum."""
+    """I(z_i; y_j) in nats, (D, K); each latent is put into equal bins over its range."""
     from sklearn.metrics import mutual_info_score
     codes, factors = as_arrays(codes, factors, n_bins)
     mi = []
@@ -155,11 +156,11 @@ def mutual_information(codes, factors, n_bins=20):
         bins = equal_bins(z, n_bins)
         mi.append([mutual_info_score(bins, y) for y in factors.T])
     mi = np.array(mi)
-    return mi * (mi > 1e-12)                     # rounding residue of a dead latent is no score
+    return mi * (mi > 1e-12)                     # a dead latent's rounding residue is no score
 
 
 def known_share(codes, factors, n_bins=20):
-    """I(z_i; y_j) / H(y_j), (D, K): the share of a factor that a latent knows; NaN of constants."""
+    """I(z_i; y_j) / H(y_j), (D, K): the share of a factor that a latent knows; NaN if constant."""
     codes, factors = as_arrays(codes, factors, n_bins)
     h = np.where(varying(factors), entropies(factors), np.nan)
     return mutual_information(codes, factors, n_bins) / h
@@ -168,7 +169,7 @@ def known_share(codes, factors, n_bins=20):
 def mig_per_factor(codes, factors, n_bins=20):
     """(I_1 - I_2) / H of each factor's two best latents, (K,), Eq. 1; I_2 = 0 if there is one."""
     share = known_share(codes, factors, n_bins)
-    *_, second, best = np.sort(np.vstack([share, 0 * share[:1]]), axis=0)      # and one dead latent
+    *_, second, best = np.sort(np.vstack([share, 0 * share[:1]]), axis=0)      # plus a dead latent
     return best - second
 
 
@@ -178,7 +179,7 @@ def mig(codes, factors, n_bins=20):
 
 
 def correlation(codes, factors):
-    """|Spearman's rho|, (D, K), with average ranks for ties; 0 with a constant column."""
+    """|Spearman's rho|, (D, K), with average ranks for ties; 0 for a constant column."""
     from scipy.stats import rankdata
     codes, factors = as_arrays(codes, factors)
     ranks = rankdata(np.hstack([codes, factors]), axis=0)
@@ -217,18 +218,18 @@ def modularity_of_information(mi):
 
 
 def modularity(codes, factors, n_bins=20):
-    """How far each latent knows one factor only, in [0, 1]; dead ones 0, pure noise up to 0.7."""
+    """How far each latent knows one factor only, in [0, 1]; dead ones score 0, noise up to 0.7."""
     codes, factors = as_arrays(codes, factors, n_bins)
     mi = mutual_information(codes, factors, n_bins)
     return modularity_of_information(mi[:, varying(factors)])
 
 
 def order_of_rows(importance, metric, wanted):
-    """1 less the entropy of each row, by its length, weighed by the row's share of the whole."""
+    """The mean of 1 - H(row) / log(its length), weighted by each row's share of the total."""
     from scipy import stats
     if importance.shape[1] < 2 or not importance.size:
         return mean_of([], metric, wanted)
-    p = importance + 1e-11                       # as disentanglement_lib, for rows of zeros
+    p = importance + 1e-11                       # as in disentanglement_lib, for rows of zeros
     order = 1 - stats.entropy(p, base=p.shape[1], axis=1)
     weight = importance.sum(axis=1) / (importance.sum() or 1)
     return float(weight @ order)
@@ -243,8 +244,8 @@ def dci_of_importance(importance):
 def dci(codes, factors, seed=0, n_bins=20):
     """Disentanglement, completeness and informativeness (mean test accuracy), a dict.
 
-    Boosted trees tell each varying factor from the codes: two thirds of the rows, drawn with seed,
-    train them, the others test them.
+    Boosted trees predict each varying factor from the codes. Two thirds of the rows, drawn with
+    seed, train them; the other rows test them.
     """
     from joblib import Parallel, delayed
     from sklearn.ensemble import GradientBoostingClassifier
@@ -256,20 +257,20 @@ def dci(codes, factors, seed=0, n_bins=20):
     n_values = factors.max(axis=0) + 1           # trees in each round
 
     def fit(j):                                  # scikit-learn's defaults: 100 rounds, depth 3
-        def tell(*_):                            # whatever it returned could end the fit
+        def tell(*_):                            # returns None: a true value would end the fit
             bar.update(n_values[j])
         trees = GradientBoostingClassifier(random_state=seed)
         trees.fit(codes[:split], factors[:split, j], monitor=tell)
         accuracy = trees.score(codes[split:], factors[split:, j])
         return trees.feature_importances_, accuracy
 
-    # factors in parallel, those of many values first, for they take longest
+    # fit factors in parallel, first those with many values, because they take longest
     jobs = [delayed(fit)(j) for j in np.argsort(-n_values)]
     with progress(None, "DCI, trees", total=100 * n_values.sum()) as bar:
         fits = Parallel(-1, prefer="threads")(jobs)
     importance = np.reshape([row for row, _ in fits], (-1, codes.shape[1])).T
 
-    scores = dci_of_importance(importance)       # in whatever order factors come
+    scores = dci_of_importance(importance)       # the order of factors does not matter
     scores["informativeness"] = mean_of([accuracy for _, accuracy in fits], "informativeness")
     return scores
 
@@ -277,7 +278,7 @@ def dci(codes, factors, seed=0, n_bins=20):
 # ---- Without factors ----
 
 def shared(a, b):
-    """What codes a (N, D1) and b (N, D2) of the same rows share, a dict, see agreement."""
+    """What codes a (N, D1) and b (N, D2) of the same rows share, a dict: see agreement."""
     from scipy.linalg import orth, svdvals
     rho = correlation(a, b)
     matched = match(rho)
@@ -294,13 +295,14 @@ def shared(a, b):
 def agreement(codes, seed=0):
     """How far independent runs find the same latents, a dict. codes: [(N, D1), (N, D2), ...].
 
-    "pairs": for each two "runs", the |Spearman's rho| of their latents "rho" (D1, D2); "matched",
-    rows and columns of the one-to-one pairs with the largest sum; "per_latent", that of each latent
-    of the first run, 0 without a match; "agreement", their sum / max(D1, D2); "canonical", the mean
-    canonical correlation, 1 if codes are the same up to a linear map; "floor", the agreement if the
-    second run's rows are shuffled. "mean": of these three over all pairs; "least": the least
-    agreement; "per_latent": the least of each latent of run 0. ValueError unless all have the same
-    rows. Sources: Khemakhem et al. 2020 (ICE-BeeM), Roeder et al. 2021.
+    "pairs" has, for every two "runs": "rho" (D1, D2), the |Spearman's rho| of their latents;
+    "matched", rows and columns of the one-to-one pairs with the largest sum; "per_latent", the rho
+    of each latent of the first run with its match, 0 if it has none; "agreement", their sum /
+    max(D1, D2); "canonical", the mean canonical correlation, which is 1 if the codes are the same
+    up to a linear map; "floor", the agreement after the second run's rows are shuffled. "mean" has
+    the means of the last three over all pairs, "least" the least agreement, "per_latent" the least
+    rho of each latent of run 0. ValueError unless all codes have the same number of rows. Sources:
+    Khemakhem et al. 2020 (ICE-BeeM), Roeder et al. 2021.
     """
     codes = [as_numbers(z, "codes") for z in codes]
     if len(codes) < 2 or len(set(map(len, codes))) > 1:
@@ -323,10 +325,11 @@ def agreement(codes, seed=0):
 
 
 def information(z, p):
-    """How much each latent, and last all together, tell of u, (D + 1,) in nats, and the errors.
+    """How much each latent, and last all together, tell about u, and its error: (D + 1,) nats each.
 
-    A lower bound on I(z; u), the entropy of u among the N at most. As in contrast_loss, but of a
-    latent at a time, too. z: (N, D), or (N, D, L) categories; p: p(z|u).
+    It is a lower bound on I(z; u), and at most the entropy of u among the N rows. It is computed as
+    in contrast_loss, but also for one latent at a time. z: (N, D), or (N, D, L) categories; p:
+    p(z|u).
     """
     log_p = p.log_prob(z[:, None])                             # (N, N, D)
     log_p = torch.cat([log_p, log_p.sum(dim=2, keepdim=True)], dim=2)
@@ -339,11 +342,12 @@ def information(z, p):
 def identifiable(p, zero_means=False):
     """What a Gaussian p(z|u) of M different u, over (M, D), can identify: a dict.
 
-    A latent has k = 2 natural parameters, mean / variance and -1 / (2 variance), or k = 1, the
-    latter, if means are 0. Theory asks that all D k, which are "wanted", move with u independently.
-    That takes D k + 1 different u, so M are "enough_for" (M - 1) / k latents. "rank": how many
-    singular values exceed 1 % of the largest, each parameter divided by its standard deviation over
-    u; "condition": the largest by the least, NaN if some lack. Source: Khemakhem et al. 2020.
+    A latent has k = 2 natural parameters, mean / variance and -1 / (2 variance), or only the
+    latter, k = 1, if means are 0. Theory asks that all D k of them, which are "wanted", vary with u
+    independently. That takes D k + 1 different u, so M of them are "enough_for" (M - 1) // k
+    latents. "rank" is how many singular values exceed 1 % of the largest, after each parameter is
+    divided by its standard deviation over u; "condition" is the largest divided by the smallest, or
+    NaN if the rank is too low. Source: Khemakhem et al. 2020.
     """
     precision = 1 / p.variance.cpu().double()                  # some devices have no doubles
     eta = [precision / -2]
@@ -362,9 +366,9 @@ def identifiable(p, zero_means=False):
 
 
 def different(u):
-    """The different rows of u (N, U), to four digits, (M, U), and which of them each is, (N,)."""
-    # from the last column on, so that class k of one-hot columns has the number k; there may be
-    # no column
+    """The distinct rows (M, U) of u (N, U), to four decimals, and which of them each is, (N,)."""
+    # sort by the last column first, so that class k of one-hot columns has the number k; a column
+    # of zeros is added because u may have none
     padded = F.pad(u.flip(1), (0, 1)).round(decimals=4)
     values, number = padded.unique(dim=0, return_inverse=True)
     return values[:, :-1].flip(1), number
@@ -374,10 +378,10 @@ def different(u):
 def measure_prior(model, data, rows, samples, every_u, own):
     """What can be known without factors, a dict, and the arrays that pictures show of it, a dict.
 
-    rows: (N,), and samples of their z: (N, D); every_u: all u that there are; own: which of these
-    are theirs, (N,).
+    rows: (N,); samples: (N, D), one z of each row; every_u: all u that exist; own: (N,), which of
+    these are the rows' own.
     """
-    # how much of u is told, and of how much
+    # how much the latents tell about u, and how much there is to tell
     values, number = different(every_u)
     number = array(number[own])
     u = every_u[own]
@@ -391,7 +395,7 @@ def measure_prior(model, data, rows, samples, every_u, own):
               "reconstruction_error": squares(x_hat - x).mean()}
     arrays = {"samples": samples, "u": array(u), "number": number}
 
-    # how far p(z|u) is right, and what it can identify
+    # how well p(z|u) fits, and what it can identify
     if model.cfg.latent == "gaussian":
         fit = (samples - array(p.mean)) / array(p.stddev)
         arrays["fit"] = fit
@@ -404,8 +408,8 @@ def measure_prior(model, data, rows, samples, every_u, own):
 
 @torch.no_grad()
 def encode(model, data, rows, seed):
-    """Means of q(z|x) and one sample of each, for the images in rows: (N, D) twice."""
-    # so few at a time that memory does not grow with N
+    """Means of q(z|x) and one sample of each, for the images in rows: (N, D) each."""
+    # a few at a time, so that memory does not grow with N
     parts = progress(rows.split(500), "encoding, 500 images each")
     codes = [torch.stack(model.encode(data.images(part))) for part in parts]
     mean, logvar = torch.cat(codes, dim=1).cpu().double()      # some devices have no doubles
@@ -428,8 +432,8 @@ def read_codes(path):
             raise ValueError
     except Exception:                            # zip, numpy and as_arrays raise many kinds
         raise ValueError(f"'{path}' needs the arrays codes and factors, (N, D) and (N, K) of "
-                         "finite numbers, N at least 2, and if it has factor_names, K different "
-                         "ones. Save it by np.savez.") from None
+                         "finite numbers with N at least 2, and K different factor_names if it "
+                         "has any. Save it with np.savez.") from None
     return codes, factors, names
 
 
@@ -438,9 +442,9 @@ def read_codes(path):
 @lru_cache
 def train_reader(data, seed, steps=600):
     """A classifier: its network, a function images -> values (B, K) of the factors that vary, and
-    whether it is right on images that it was not trained on, (B, K) bool.
+    whether it is right on images that it was not trained on, (n_test, K) bool.
 
-    It is like Encoder, and trained on images of data with faint noise.
+    Its network is like Encoder's; it is trained on images of the data with faint noise.
     """
     torch.manual_seed(seed)
     k = len(data.varied)
@@ -470,7 +474,7 @@ def train_reader(data, seed, steps=600):
     def read(x):
         return logits(x).argmax(dim=1)
 
-    # on images that it was not trained on
+    # test it on images that it was not trained on
     test = rows[:n_test]
     right = read(data.images(test)) == data.factors(test)[:, data.varied]
     return net, read, right
@@ -484,10 +488,10 @@ def laplacian(x):
 
 
 def nearest_error(images, data, y):
-    """Least squared error (B,) to any image of the data near those with the values y (B, K).
+    """Least mean squared error (B,) to any image of the data that is near the values y (B, K).
 
-    Near are 480 rows, in 3D Shapes those of all geometries in the same hues: an image of another
-    geometry than asked for is not punished, a blurred or a grainy one is.
+    480 rows count as near; in 3D Shapes these are all geometries in the same hues. So an image with
+    a wrong geometry is not punished, but a blurred or a grainy one is.
     """
     number = (y * data.strides[data.varied]).sum(dim=1)
     places = torch.searchsorted(data.numbers, number)          # among the combinations that exist
@@ -505,9 +509,10 @@ def squares(x):
 
 
 def looks(x, y, data):
-    """How images x (B, C, H, W) look that show the values y (B, K), {name: number}.
+    """How images x (B, C, H, W) that show the values y (B, K) look, {name: number}.
 
-    Values, pairs: the shares of all values, and of all pairs of values of two factors, that occur.
+    "values" and "pairs" are the shares of all values, and of all pairs of values of two factors,
+    that occur.
     """
     sizes = data.sizes[data.varied]
     value = torch.cat([F.one_hot(*each) for each in zip(y.T, sizes)], dim=1).float()
@@ -532,14 +537,14 @@ def features(net, x):
 
 
 def frechet(a, b):
-    """Frechet distance of Gaussians of features (N, F) and (M, F), as a share of b's variance.
+    """Frechet distance between Gaussians of features (N, F), (M, F), as a share of b's variance.
 
-    It is FID's formula, but not FID, whose features are another network's. Source: Heusel et al.
-    2017.
+    The formula is FID's, but the result is not FID, which uses the features of another network.
+    Source: Heusel et al. 2017.
     """
     gap = a.mean(dim=0) - b.mean(dim=0)
     a, b = ((each - each.mean(dim=0)) / (len(each) - 1)**0.5 for each in (a, b))
-    # the trace of the root of the product of the covariances a'a and b'b; R of QR has them, too
+    # the trace of the root of the product of the covariances a'a and b'b; R of QR has the same
     r_a, r_b = (torch.linalg.qr(each, mode="r").R for each in (a, b))
     shared = torch.linalg.svdvals(r_a @ r_b.T).sum()
     distance = gap.square().sum() + a.square().sum() + b.square().sum() - 2 * shared
@@ -556,7 +561,7 @@ def chances_given_u(data, log_scale, centre):
 
 
 def codes_of_values(wanted, codes, values):
-    """The median code (n,) of rows with the values wanted; between two values, between their codes.
+    """Median codes (n,) of the rows that have the wanted values, interpolated between values.
 
     codes, values: (N,), a latent and a factor of the same rows.
     """
@@ -566,11 +571,11 @@ def codes_of_values(wanted, codes, values):
 
 
 def recombined(codes, y, n, seed):
-    """{kind: (codes (n, D), and the values (n, K) that they are to show)}.
+    """{kind: (codes (n, D), values (n, K) that their images should show)}.
 
-    codes: (N, D); y: (N, K), their factors. Redrawn: codes as they are. Shuffled: each latent is
-    that of another row. Set: each that matches a factor is at the median code of the rows with that
-    row's value. A factor that no latent matches has -1.
+    codes: (N, D); y: (N, K), their factors. Redrawn codes are left as they are. In shuffled codes
+    each latent comes from another row. In set codes each latent that matches a factor is moved to
+    the median code of the rows with that row's value. A factor that no latent matches has value -1.
     """
     # another row for each latent
     index = np.random.default_rng(seed).integers(len(codes), size=(n, codes.shape[1]))
@@ -578,7 +583,7 @@ def recombined(codes, y, n, seed):
     wanted = np.full((n, y.shape[1]), -1)
     kinds = {"redrawn": (codes[:n], y[:n]), "shuffled": (z, wanted)}
 
-    # the values of those rows, by the latents that match a factor
+    # a latent that matches a factor should show the value of the row that it comes from
     if y.size:
         z = z.copy()
         for i, k in zip(*match(mutual_information(codes, y))):
@@ -592,8 +597,9 @@ def recombined(codes, y, n, seed):
 def render(model, z, start, steps=20, sampler="dpmpp", seed=0, keeps_noise=False):
     """{"decoder": images, "diffusion": images}, (B, C, H, W) each, of z (B, D) and start noise.
 
-    start: one noise for all, or one each; seed: of the noise that a stochastic sampler draws;
-    keeps_noise: diffusion ends where invert began, without the last step of model.sample.
+    start: one noise for all images, or one for each; seed: the seed of the noise that a stochastic
+    sampler draws; keeps_noise: diffusion ends where invert began, without the last step of
+    model.sample.
     """
     pictures = {"decoder": model.decode(z)}
     if model.unet is None:
@@ -601,7 +607,7 @@ def render(model, z, start, steps=20, sampler="dpmpp", seed=0, keeps_noise=False
     if keeps_noise and sampler in ("em", "pc"):
         raise ValueError(f"--sampler {sampler} adds noise and so cannot keep an image's own.")
 
-    # ten at a time
+    # draw ten at a time
     start = start.expand(len(z), *start.shape[1:])
     batches = list(zip(z.split(10), start.split(10)))
     parts = []
@@ -614,23 +620,24 @@ def render(model, z, start, steps=20, sampler="dpmpp", seed=0, keeps_noise=False
 
 
 def shares(hits, names):
-    """{name: share of hits}, of each factor and of all at once; hits: (B, K) bool, an array."""
+    """{name: share of hits}, for each factor and for all at once; hits: an array (B, K) of bool."""
     return dict(zip(names, [*hits.mean(axis=0), hits.all(axis=1).mean()]))
 
 
 def generation(model, data, rows, codes, n, seed):
     """How good new images are: {table's title, with n: {row's name: {column's name: number}}}.
 
-    codes: (N, D), those of rows (N,). n images each are drawn of codes as they are (redrawn),
-    recombined (shuffled, set) and of p(z|u); beside them stand real ones that are drawn alike.
-    Frechet is the distance from other real ones. Without factors no values can be read.
+    codes: (N, D), the codes of rows (N,). n images are drawn from each kind of codes: as they are
+    (redrawn), recombined (shuffled, set), and drawn from p(z|u). Beside them stand real images that
+    are drawn alike. Frechet is the distance from other real images. Without factors no values can
+    be read.
     """
     cfg = model.cfg
     n = min(n, len(rows))
     y = array(data.factors(rows)[:, data.varied])       # (N, K)
     kinds = recombined(codes, y, n, seed)
 
-    # z of p(z|u), unless the data are not the model's
+    # z from p(z|u), unless the data's u is not the model's
     generator = torch.Generator(data.device).manual_seed(seed)
     torch.manual_seed(seed)
     start = idiff.seeded_noise(range(seed, seed + n), data.image_shape, data.device)()
@@ -639,7 +646,7 @@ def generation(model, data, rows, codes, n, seed):
     if u.shape[1] == cfg.u_dim:
         kinds["p(z|u)"] = model.sample_prior(u[:n]), None
 
-    # a classifier reads values; a u that training makes tells how likely each is
+    # a classifier reads values; where training draws u, it tells how likely each value is
     names = [*(data.factor_names[k] for k in data.varied), "all at once"]
     net = model.encoder
     right, log_p, quality = {}, {}, {}
@@ -650,7 +657,7 @@ def generation(model, data, rows, codes, n, seed):
             chances = chances_given_u(data, **cfg.kind_of_u.unpack(u[:n]))
             log_p["expectation"] = dict(zip(names, -chances.entropy().mean(dim=0)))
 
-    # the images of each kind, then real ones that are drawn alike
+    # the images of each kind, then real images that are drawn alike
     for kind, (z, wanted) in kinds.items():
         of_u = wanted is None
         alike, reference = drawn.split(n) if of_u else (rows[:n], others)
@@ -661,7 +668,7 @@ def generation(model, data, rows, codes, n, seed):
         images = {f"{network}, {kind}": image.clamp(-1, 1) for network, image in made.items()}
         images["real, of u" if of_u else "real"] = x
         for name, image in images.items():
-            if name in quality:                                # the same real ones
+            if name in quality:                                # the real images, done before
                 continue
             error = squares(image - x).mean() if kind == "redrawn" else None
             quality[name] = {"Frechet": frechet(features(net, image), reference), "error": error}
@@ -680,7 +687,7 @@ def generation(model, data, rows, codes, n, seed):
 
 
 def format_generation(tables):
-    """The tables of generation, for people."""
+    """The tables of generation, as text."""
     text = ""
     for title, rows in tables.items():
         lines = [[title, *[*rows.values()][-1]]]
@@ -693,23 +700,24 @@ def format_generation(tables):
 
 # ---- The report ----
 
-# It is a dict: "metrics" and, for comparison, "noise_floor" and "..._on_draws", each with
-# the names of NAMES as keys; "per_factor"; "prior", which needs no factors; what a checkpoint says
-# of itself; "generation". Its "arrays" are what pictures show; they stay out of metrics.json.
+# A report is a dict. It has "metrics" and, for comparison, "noise_floor" and "..._on_draws", all
+# with keys from NAMES; "per_factor"; "prior", which needs no factors; what a checkpoint says of
+# itself; and "generation". Its "arrays" are what pictures show; they stay out of metrics.json.
 
 def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name="model"):
-    """The report of a model on its data, a dict, see above.
+    """The report of a model on its data, a dict: see above.
 
-    n: how many random images to encode, and how many that training never saw; n_bins: of latents,
-    and of factors that are numbers; trees: whether to fit DCI's, which takes most of the time;
-    generate: how many images to generate and judge; name: what the report calls the model.
+    n: how many random images to encode, and how many that training never saw; n_bins: the number of
+    bins for latents, and for factors that are numbers; trees: whether to fit DCI's trees, which
+    takes most of the time; generate: how many images to generate and judge; name: what the report
+    calls the model.
     """
     check_counts(n, generate, n_bins)
     cfg = model.cfg
 
     # random images, for what needs factors and for new images
     n = min(n, len(data))
-    generator = torch.Generator().manual_seed(seed)            # the CPU's: the same rows anywhere
+    generator = torch.Generator().manual_seed(seed)            # on the CPU: the same rows anywhere
     rows = torch.randperm(len(data), generator=generator)[:n].to(data.device)
     generator = torch.Generator(data.device).manual_seed(seed)
     if not (data.factor_names or generate):
@@ -727,7 +735,7 @@ def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name
     codes, codes_others = np.split(codes, [len(rows)])
     samples, samples_others = np.split(samples, [len(rows)])
 
-    # what every report has; agreement is of the same rows by each run
+    # what every report has; agreement compares codes of the same rows
     arrays = {"codes": codes if modulated else codes_others}
     kind = "means"
     if cfg.latent != "gaussian":
@@ -754,7 +762,7 @@ def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name
         factors_drawn = array(data.factors(drawn))
         draws = {}
         if modulated:
-            # u as if it were a code: its centres, or else its scales, which come before
+            # u as if it were a code: the last columns are its centres, or scales if it has none
             u = every_u[:, -len(data.varied):]
             draws = {"encoder_on_draws": (codes_others, factors_drawn),
                      "u_on_draws": (u, factors_drawn)}
@@ -764,7 +772,7 @@ def report(model, data, n=N_DCI, seed=0, n_bins=20, trees=True, generate=0, name
 
 
 def report_of_codes(codes, factors, names, n=N_DCI, seed=0, n_bins=20, trees=True, name="codes"):
-    """The same for codes (N, D) and factors (N, K) of somebody else's model."""
+    """The report of codes (N, D) and factors (N, K) of somebody else's model, a dict."""
     check_counts(n, 0, n_bins)
     data = f"factors of {Path(name).name} {idiff.fingerprint(factors)[:8]}"
     result = {"file": name, "data": data, "model": "codes", "codes": "as they are", "config": {}}
@@ -775,21 +783,21 @@ def report_of_codes(codes, factors, names, n=N_DCI, seed=0, n_bins=20, trees=Tru
 
 
 def check_counts(n, generate, n_bins):
-    """ValueError unless these can be."""
+    """ValueError unless these numbers are in range."""
     if n < 3 or generate < 0 or not 2 <= n_bins <= 1000:
         raise ValueError("--n must be at least 3, --generate 0, --n-bins 2 to 1,000: got "
                          f"{n}, {generate} and {n_bins}.")
 
 
 def fast_metrics(codes, factors, n_bins):
-    """The paper's metrics but DCI's, which needs trees, a dict."""
+    """The paper's metrics except DCI's, which need trees: a dict."""
     return {"mig": mig(codes, factors, n_bins),
             "mcc": mcc(codes, factors),
             "modularity": modularity(codes, factors, n_bins)}
 
 
 def measure(codes, factors, names, draws, seed, n_bins, trees):
-    """The numbers of a report, a dict. draws: {name: (codes, factors)} to compare with."""
+    """The numbers that need factors, a dict. draws: {name: (codes, factors)} to compare with."""
     widths = spread(codes)
 
     # DCI takes up to 15,000 rows
@@ -798,7 +806,7 @@ def measure(codes, factors, names, draws, seed, n_bins, trees):
     if trees:
         scores.update(dci(codes[:N_DCI], factors[:N_DCI], seed, n_bins))
 
-    # the others take 10,000, also with codes shuffled among images: the floor of noise
+    # the others take 10,000; codes shuffled among images give the floor of noise
     noise = np.random.default_rng(seed).permutation(codes)
     if len(codes) <= N_DCI:
         codes, noise, factors = codes[:N_SCORES], noise[:N_SCORES], factors[:N_SCORES]
@@ -820,23 +828,23 @@ def measure(codes, factors, names, draws, seed, n_bins, trees):
             **{name: fast_metrics(*pair, n_bins) for name, pair in draws.items()},
             "per_factor": per_factor, **widths, "n": len(codes), "n_dci": n_dci, "mi_over_h": share,
             "seed": seed, "n_bins": n_bins,
-            "scikit-learn": version("scikit-learn")}           # whose trees are DCI's
+            "scikit-learn": version("scikit-learn")}           # it fits DCI's trees
 
 
 def spread(codes):
-    """The numbers of codes (N, D) and of their active latents, and each latent's width, a dict."""
+    """How many codes (N, D) and active latents there are, and each latent's std: a dict."""
     std = codes.std(axis=0)
     return {"n": len(codes), "n_active": (std >= 0.05 * std.max()).sum(), "latent_std": std}
 
 
 def plain(result):
-    """A dict in plain numbers, as JSON has them; None for NaN and inf."""
+    """A dict with plain numbers, as in JSON, and None for NaN and inf."""
     text = json.dumps(result, default=lambda a: a.tolist())
     return json.loads(text, parse_constant=lambda nan: None)
 
 
 def shown_factors(samples, factors, drawn, n_bins):
-    """The arrays that pictures show of factors, a dict: classes, in modulated draws the same."""
+    """The arrays that pictures of factors show, a dict; modulated draws have the same classes."""
     every = np.vstack([factors, drawn])
     _, every = as_arrays(every, every, n_bins)
     n = len(factors)
@@ -862,7 +870,7 @@ def write_report(result, folder):
 
 
 def format_report(r):
-    """A report for people."""
+    """A report, as text."""
     model = MODELS[r["model"]]
     of_dci = f" ({r['n_dci']:,} for DCI)" if r.get("n_dci") else ""
     text = (f"{r['file']}: {model}, {len(r['latent_std'])} latents; {r['data']}\n"
@@ -892,7 +900,7 @@ def format_report(r):
 
 
 def format_prior(r):
-    """What a report tells of p(z|u), for people."""
+    """What a report tells about p(z|u), as text."""
     n_latents = len(r["information"]) - 1
     columns = [["latent", *latent_names(range(n_latents)), "all"],
                ["nats told of u", *r["information"]],
@@ -916,7 +924,7 @@ def format_prior(r):
 def format_table(title, columns):
     """A table of {name: group of reports}, each beside the paper's own figures, if it has any.
 
-    A cell for each of the four metrics: mean ± std / max over the group.
+    Each of the four metrics has a cell: mean ± std / max over the group.
     """
     rows = [["metric", *(NAMES[name] for name in FOUR)]]
     for name, group in columns.items():
@@ -971,24 +979,24 @@ def agreements(results):
 
 
 def format_agreement(a):
-    """The table of an agreement: each run beside the first, whose latents are those named."""
-    # a row for each pair with the first run, then of all pairs
+    """The table of an agreement: each run beside the first, whose latents are named."""
+    # a row for each pair with the first run, then for all pairs
     first, *others = a["files"]
     names = latent_names(range(len(a["per_latent"])))
     rows = [["run", "agreement", "canonical correlation", "shuffled rows", *names]]
-    for name, pair in zip(others, a["pairs"]):                 # the first run's pairs are first
+    for name, pair in zip(others, a["pairs"]):                 # the first run's pairs come first
         scores = [pair[score] for score in a["mean"]]
         rows.append([name, *scores, *pair["per_latent"]])
     rows.append(["mean over all pairs", *a["mean"].values(), *[None] * len(names)])
     rows.append(["least", a["least"], None, None, *a["per_latent"]])
     return (f"Agreement with {first}: |rho| of matched latents, and its mean; {a['data']}, "
-            f"n = {a['n']:,}\n\n{idiff.table(zip(*rows))}\nAt 1 two runs find the same latents, up "
+            f"n = {a['n']:,}\n\n{idiff.table(zip(*rows))}\nAt 1, two runs find the same latents up "
             "to their order and a function of each. Where only the canonical correlation is 1, "
-            "they find the same up to a linear map.\n")
+            "they find the same latents up to a linear map.\n")
 
 
 def latent_names(numbers):
-    """The names of the latents of these numbers."""
+    """The names of the latents with these numbers."""
     return [f"z{i}" for i in numbers]
 
 
@@ -1004,8 +1012,8 @@ def draw_matrix(ax, matrix, rows, columns):
 
 
 def draw_latents(r):
-    """Histograms of samples of the 40 most informative latents at most, coloured by the factor
-    that each knows most of."""
+    """Histograms of samples of up to 40 latents, the most informative ones, coloured by the factor
+    that each knows best."""
     from matplotlib import colormaps
     share = np.nan_to_num(np.array(r["mi_over_h"], float))     # None is NaN
     shown = np.sort(share.max(axis=1).argsort()[::-1][:40])
@@ -1019,7 +1027,7 @@ def draw_latents(r):
         y = arrays["factors"][:, j]
         n_values = y.max() + 1
 
-        # stacked by value: a latent that found the factor shows a mode a colour
+        # stacked by value: a latent that found the factor shows one mode per colour
         by_value = [z[y == value] for value in range(n_values)]
         scheme = "hsv" if "hue" in name else "viridis"
         colours = colormaps[scheme](np.arange(n_values) / n_values)
@@ -1030,7 +1038,7 @@ def draw_latents(r):
 
 
 def draw_factors(r):
-    """Share of each value of each factor, among the rows and in modulated draws."""
+    """The share of each value of each factor, among the rows and in modulated draws."""
     names = list(r["per_factor"])
     arrays = r["arrays"]
     figure, panels = idiff.panels(names)
@@ -1057,9 +1065,9 @@ def draw_information(r):
 
 
 def draw_latents_by_u(r):
-    """Samples of 40 latents at most, by the index of u, or where more than 50 are different by the
-    column of u that each latent follows most."""
-    # few u have numbers; many, such as times, have values that mean more
+    """Samples of up to 40 latents against the index of u or, if there are more than 50 different u,
+    against the column of u that each latent follows most."""
+    # an index is enough for a few u; of many, such as times, the values say more
     arrays = r["arrays"]
     figure, panels = idiff.panels(arrays["samples"].T[:40], (6, 2))
     for i, (z, ax) in enumerate(panels):
@@ -1076,7 +1084,7 @@ def draw_latents_by_u(r):
 
 
 def draw_told(r):
-    """What each latent, and all together, tell of u, as bars."""
+    """Bars of what each latent, and all together, tell about u."""
     told = r["prior"]["information"]
     figure, [(_, ax)] = idiff.panels([told], (3 + 0.4 * len(told), 3.5))
     ax.bar([*latent_names(range(len(told) - 1)), "all"], told, yerr=r["prior"]["error"], capsize=3)
@@ -1086,7 +1094,7 @@ def draw_told(r):
 
 
 def draw_fit(r):
-    """40 latents at most in units of p(z|u), beside the normal curve that they are to follow."""
+    """Up to 40 latents in units of p(z|u), beside the normal curve that they should follow."""
     figure, panels = idiff.panels(r["arrays"]["fit"].T[:40])
     w = np.linspace(-5, 5, 101)
     for i, (z, ax) in enumerate(panels):
@@ -1098,7 +1106,7 @@ def draw_fit(r):
 
 
 def draw_agreement(a):
-    """|rho| of the latents of the first run and of each other, in the order of their match."""
+    """|rho| between the latents of the first run and of each other run, matched ones first."""
     first, *others = a["files"]
     n = len(a["per_latent"])
     figure, panels = idiff.panels(others, (3 + 0.7 * n, 1.8 + 0.4 * n))
@@ -1116,7 +1124,7 @@ def draw_agreement(a):
 # ---- The command line ----
 
 def holds(path):
-    """Whether a path is a "report", "codes" or a "checkpoint", by its content, whole or damaged."""
+    """Whether a path holds a "report", "codes" or a "checkpoint", damaged or not, by content."""
     start = b""
     if path.is_file():
         with path.open("rb") as file:
@@ -1131,15 +1139,15 @@ def read_report(path):
     try:
         result = json.loads(path.read_text("utf-8"))
         format_report(result)
-    except Exception as error:                   # json, or whatever is missing
+    except Exception as error:                   # bad JSON, or a missing entry
         reason = f"{type(error).__name__}, {in_one_line(error)}"
-        raise ValueError(f"'{path}' is no report of evaluate.py, or is damaged: {reason}. Make it "
-                         "again from the checkpoint.") from None
+        raise ValueError(f"'{path}' is not a report of evaluate.py, or is damaged: {reason}. Make "
+                         "it again from the checkpoint.") from None
     return result
 
 
 def report_of_path(path, args, load):
-    """The report of one path; only a computed one has arrays."""
+    """The report of one path; it has arrays only if it was computed here."""
     kind = holds(path)
     how = dict(n=args.n, seed=args.seed, n_bins=args.n_bins, trees=not args.no_dci, name=str(path))
     if kind == "report":
@@ -1167,10 +1175,10 @@ def start(args):
     many = len(args.paths) > 1
     measured = [path for path in args.paths if path.exists() and holds(path) != "report"]
     if len({path.resolve().parent for path in measured}) < len(measured):
-        raise ValueError("two of the paths lie in one folder, which holds one report. Pass them "
+        raise ValueError("two of the paths lie in one folder, which can hold one report. Pass them "
                          "one by one, each with --out, then their metrics.json.")
 
-    # a report of each
+    # a report on each path
     results = []
     for path in args.paths:
         folder = path.parent if many else args.out or path.parent
@@ -1180,7 +1188,7 @@ def start(args):
         results.append(result)
         if not many:
             print(format_report(result), flush=True)
-        if "arrays" in result:                   # pictures last: the numbers are out
+        if "arrays" in result:                   # pictures come last: the numbers are printed
             write_report(result, folder)
             print(f"metrics.json and pictures are in {folder}")
 

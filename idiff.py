@@ -2,7 +2,7 @@
 """iDiff: an identifiable VAE joined with a score-based diffusion model, in plain PyTorch.
 
 An encoder q(z|x) turns an image into latents z. A prior p(z|u) ties the latents to an auxiliary
-variable u, which says something of the factors that the image was made of. A decoder p(x|z) and a
+variable u, which says something about the factors that made the image. A decoder p(x|z) and a
 VP-SDE diffusion U-Net, both conditioned on z, turn latents back into images. Read it downwards:
 
     Config                      what changes the numbers of a run; most fields are flags of train.py
@@ -46,16 +46,16 @@ from torch import nn
 from torch.distributions import Categorical, Distribution, Normal, OneHotCategorical, kl_divergence
 from torch.nn import functional as F
 
-CHECKPOINT_FORMAT = 4       # raised when what a checkpoint holds changes
-FORMERLY = dict(condition="sample", unet_share=0.0, unmix=0)   # where a Config lacks these
+CHECKPOINT_FORMAT = 4       # raised whenever the content of a checkpoint changes
+FORMERLY = dict(condition="sample", unet_share=0.0, unmix=0)   # defaults for older Configs
 
-# What can be chosen by name. Each class or function enters itself below its definition.
+# What can be chosen by name. Each entry is added below the definition of its class or function.
 PRIORS = {}                 # p(z|u)
 PREDICTIONS = {}            # what the U-Net's output means
 U_KINDS = {}                # where u comes from
 DATA_SETS = {}              # functions device -> Data
 
-# The learning rate after warm-up, as a share of its peak, by the share of a stage's steps done.
+# After warm-up, the learning rate as a share of its peak, by the share of a stage's steps done.
 SCHEDULES = {"constant": lambda done: 1.0,
              "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done)}
 
@@ -63,7 +63,7 @@ SCHEDULES = {"constant": lambda done: 1.0,
 # ---- Configuration ----
 
 def option(default, help, choices=None, least=0, below=1e15):
-    """A dataclass field that is also a flag with this help: of choices or in [least, below)."""
+    """A dataclass field that is also a flag with this help: one of choices or in [least, below)."""
     metadata = {"help": help, "choices": choices, "least": least, "below": below}
     return field(default=default, metadata=metadata)
 
@@ -87,14 +87,14 @@ class Config:
                             least=1e-3, below=1)
     kl: float = option(1e-5, "lambda_KL, weight of KL(q(z|x) || p(z|u)); more widens q(z|x)")
     rec: float = option(0.25, "lambda_rec, weight of the decoder's error; more sharpens images")
-    contrast: float = option(0.3, "weight of the contrast of z and u, which makes z tell u")
+    contrast: float = option(0.3, "weight of the contrast between z and u, which makes z tell u")
     kl_balance: float = option(0.5, "share of the KL's gradient that goes to p(z|u)", below=1)
     kl_reverse: float = option(0.0, "weight of KL(p(z|u) || q(z|x)), as a multiple of --kl")
     predict: str = option("residual", "what the U-Net predicts: the noise (eps), or what the "
                           "decoder's image lacks", PREDICTIONS)
     typical: float = option(0.1, "expected size of the decoder's error, in pixel values",
                             least=1e-3)
-    condition: str = option("mean", "what the U-Net is given of q(z|x): its mean or a sample",
+    condition: str = option("mean", "what the U-Net is given from q(z|x): its mean or a sample",
                             ("mean", "sample"))
     settle: float = option(0.4, "share of the iVAE's steps in which encoder and prior learn alone",
                            below=1)
@@ -112,14 +112,14 @@ class Config:
     epochs: float = option(1.5, "length of the iVAE's training, in epochs of 480,000 draws")
     steps: int = option(0, "number of optimiser steps in all; 0: set by --epochs")
     lr: float = option(2e-3, "peak learning rate of AdamW")
-    muon: float = option(0.03, "rate of Muon, for weights of decoder and U-Net; 0: AdamW")
+    muon: float = option(0.03, "learning rate of Muon, for matrices of decoder and U-Net; 0: AdamW")
     schedule: str = option("cosine", "learning rate after warm-up", SCHEDULES)
     clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
     ema: float = option(0.998, "decay per step of the averaged weights", below=1)
     precision: str = option("float32", "arithmetic", ("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, data and noise", below=2**62)
 
-    # Read off the data. Only the size is a flag: that to which stored pictures are resized.
+    # These are read off the data. Only the size is a flag: stored pictures are resized to it.
     image_size: int = option(64, "side in pixels to which pictures of a folder or file are resized",
                              least=16)
     image_channels: int = option(3, "", least=1)
@@ -127,14 +127,14 @@ class Config:
     n_u: int = option(0, "")
 
     def __post_init__(self):
-        # each value is of its field's type, and among its choices or within its range
+        # each value has its field's type, and is among its choices or within its range
         for f in fields(self):
             value = getattr(self, f.name)
             choices = f.metadata["choices"]
             least, below = f.metadata["least"], f.metadata["below"]
 
             kinds = (int, float) if f.type is float else (f.type,)
-            fits = type(value) in kinds                        # True is no int here
+            fits = type(value) in kinds                        # True does not pass for an int
             if choices:
                 fits = fits and value in choices
                 wanted = f"one of {', '.join(map(str, choices))}"
@@ -144,14 +144,14 @@ class Config:
             if not fits:
                 raise ValueError(f"{f.name} must be {wanted}, got {value!r}.")
 
-        # what the shapes of the networks, and a sum of losses, ask for
+        # what the shapes of the networks, and the sum of losses, require
         if self.image_size % 16:
             raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}.")
         if self.unet_width % 8:
             raise ValueError(f"unet_width must be a multiple of 8, got {self.unet_width}.")
         if self.contrast and self.model != "vae" and self.batch_size == 1:
             raise ValueError("one image has nothing to be contrasted with: batch_size must be 2 or "
-                             "more, or contrast 0.")
+                             "more, or contrast must be 0.")
         if self.model != "idiff" and self.rec == self.kl == self.contrast == 0:
             raise ValueError("rec, kl and contrast are all 0: nothing would be learned.")
 
@@ -171,7 +171,7 @@ class Config:
 
     @property
     def kind_of_u(self):
-        """An object of U_KINDS: width of u, draw of rows and u, scales and centres by name."""
+        """An object of a class in U_KINDS: the width of u, how it is drawn, what it tells."""
         return U_KINDS[self.u](self.n_factors, self.n_u, self.u_scale)
 
     @property
@@ -181,23 +181,23 @@ class Config:
 
     @property
     def zero_means(self):
-        """Whether p(z|u) has means of 0. (A learned mean lets a latent fold, telling only |g|.)"""
+        """Whether p(z|u) has means of 0. (A learned mean lets a latent fold and tell only |g|.)"""
         return self.prior_mean == "zero" or (self.prior_mean == "auto" and self.u == "var")
 
     @property
     def settles(self):
-        """Whether encoder and prior first learn alone, which only the contrast can teach them."""
+        """Whether encoder and prior first learn alone; only the contrast can teach them then."""
         return self.model != "vae" and self.contrast > 0 and self.settle > 0
 
     @property
     def ivae_steps(self):
-        """How many steps the iVAE learns, at first; the U-Net has the others for itself."""
+        """For how many steps the iVAE learns, at first; the U-Net learns alone in the others."""
         alone = self.unet_share if self.model == "idiff" else 0
         return self.steps - round(alone * self.steps)
 
     @property
     def settle_steps(self):
-        """How many steps encoder and prior learn alone."""
+        """For how many steps encoder and prior learn alone."""
         return round(self.settle * self.ivae_steps) if self.settles else 0
 
     @property
@@ -223,7 +223,7 @@ class Gaussian(Normal):
     """Independent Gaussian latents with a mean and a log-variance (natural log), (B, D) each.
 
     Log-variances are clamped to [-20, 20], so that no ratio of variances leaves float32. Arguments
-    are not validated, for that makes the host wait for the device at every step.
+    are not validated, because that would make the host wait for the device at every step.
     """
 
     def __init__(self, mean, logvar):
@@ -241,7 +241,7 @@ class Gaussian(Normal):
 class Categories(OneHotCategorical):
     """Independent categorical latents with logits (B, D, L); codes z are (B, D, L), soft one-hot.
 
-    hard: codes are one-hot and have the gradient of the soft ones ("st", straight-through).
+    hard: whether codes are one-hot, with the gradient of the soft ones ("st", straight-through).
     Source: Jang et al. 2017 (Gumbel-softmax), Bengio et al. 2013 (straight-through).
     """
 
@@ -264,7 +264,7 @@ class Categories(OneHotCategorical):
         return (z * self.logits).sum(dim=-1)
 
     def code(self):
-        """Index of the likeliest category, log of the chance that it is another, (B, D) each."""
+        """Index of the likeliest category, and log of the chance of another, (B, D) each."""
         chance, index = self.probs.max(dim=-1)
         return index.to(chance), (1 - chance).clamp(min=1e-6).log()
 
@@ -272,8 +272,8 @@ class Categories(OneHotCategorical):
 def kl_loss(q, p):
     """KL(q || p) in nats: sum over D, mean over B. Returns shape (). Source: L_KL of Eq. 2.
 
-    q, p: distributions over (B, D) latents. Where torch knows no closed form, one sample of q
-    estimates it.
+    q, p: distributions over (B, D) latents. If torch knows no closed form, the KL is estimated from
+    one sample of q.
     """
     try:
         each = kl_divergence(q, p)                             # (B, D)
@@ -284,7 +284,7 @@ def kl_loss(q, p):
 
 
 def balanced_kl(q, p, share):
-    """KL(q || p) with this share of its gradient for p and the rest for q; 0.5 is the plain KL.
+    """KL(q || p) that gives p this share of its gradient, and q the rest; 0.5 is the plain KL.
 
     Source: KL balancing, Hafner et al. 2022.
     """
@@ -300,8 +300,8 @@ def contrast_loss(z, p):
     """-E[log p(z_a|u_a) - log mean_b p(z_a|u_b)] in nats: InfoNCE of z and u, the prior as critic.
 
     z: (B, D), or (B, D, L) categories; p: p(z|u) of N >= B draws, over (N, D), the first B those of
-    z. At least -log N; 0 where p does not depend on u; 0 or more on average where z does not.
-    Returns shape (). Source: van den Oord et al. 2018; Hyvarinen et al. 2019.
+    z. The loss is at least -log N; it is 0 where p does not depend on u, and 0 or more on average
+    where z does not. Returns shape (). Source: van den Oord et al. 2018; Hyvarinen et al. 2019.
     """
     # how likely each z is under the u of each draw of the batch
     log_p = p.log_prob(z[:, None]).sum(dim=2)                  # (B, N)
@@ -318,12 +318,12 @@ def like_weights(x, module):
 
 
 def widened(h):
-    """h in float32 if it has half precision, where sums and exponentials need it; else as it is."""
+    """h in float32 if it is in half precision, too coarse for sums and exponentials; else h."""
     return h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
 
 
 def mlp(*widths):
-    """Linear layers from each width to the next, SiLU between them."""
+    """Linear layers from each width to the next, with SiLU between them."""
     layers = []
     for c_in, c_out in pairwise(widths):
         layers += [nn.Linear(c_in, c_out), nn.SiLU()]
@@ -338,7 +338,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.temperature = 0.3                                 # of Gumbel-softmax, 0.3 at the end
+        self.temperature = 0.3                                 # of Gumbel-softmax; it ends at 0.3
         side = cfg.image_size // 16
 
         # a space-to-depth stem, then halvings
@@ -352,7 +352,7 @@ class Encoder(nn.Module):
                        nn.SiLU()]
             c_in = c_out
 
-        # all that is left goes into the numbers of each latent
+        # the features that are left become the numbers of each latent
         last = mlp(c_in * side**2, 256, cfg.latent_dim * numbers_per_latent(cfg))
         self.net = nn.Sequential(*layers, nn.Flatten(), *last)
 
@@ -368,7 +368,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def turn(self, w, b):
-        """Make the means w mean + b, w (D, D), b (D,), by folding that into the last layer."""
+        """Turn the means into w mean + b, with w (D, D) and b (D,), by changing the last layer."""
         d = len(b)
         self.last.weight[:d] = w @ self.last.weight[:d]
         self.last.bias[:d] = w @ self.last.bias[:d] + b
@@ -388,7 +388,7 @@ OCTAVES = 5
 
 
 def fourier(z):
-    """z (B, D), with sines and cosines of 0.15, 0.3 ... 2.4 periods per unit: (B, 11 D)."""
+    """z (B, D), then its sines and cosines of 0.15, 0.3, ... 2.4 periods per unit: (B, 11 D)."""
     octave = torch.arange(OCTAVES, device=z.device)
     angle = (z[:, :, None] * 0.3 * math.pi * 2**octave).flatten(1)     # (B, 5 D)
     return torch.cat([z, angle.sin(), angle.cos()], dim=1)
@@ -451,7 +451,7 @@ class Decoder(nn.Module):
 # ---- Priors p(z|u) ----
 
 def numbers_per_latent(cfg):
-    """Mean and log-variance, or L logits."""
+    """How many numbers describe a latent: mean and log-variance, or L logits."""
     return 2 if cfg.latent == "gaussian" else cfg.categories
 
 
@@ -470,7 +470,7 @@ def prior_distribution(cfg, h):
 class Prior(nn.Module):
     """p(z|u): u (B, U) -> a distribution over (B, D).
 
-    Here N(0, 1) for every latent, or equal chances, whatever u is: the prior of a plain VAE.
+    Here it is N(0, 1) for every latent, or equal chances, whatever u is: the prior of a plain VAE.
     """
 
     def __init__(self, cfg):
@@ -484,7 +484,7 @@ class Prior(nn.Module):
 
 
 class KnownPrior(Prior):
-    """z_i ~ N(m_i, s_i^2): centre and scale of factor i, read off u. Nothing is learned.
+    """z_i ~ N(m_i, s_i^2), with centre and scale of factor i read off u. Nothing is learned.
 
     Categories get that density at L places over [-1, 1]. Latents without a factor have N(0, 1).
     """
@@ -504,10 +504,10 @@ class KnownPrior(Prior):
 
 
 class FullPrior(Prior):
-    """One network over all of u for the means and log-variances of all latents: the paper's.
+    """One network over all of u gives the means and log-variances of all latents, as in the paper.
 
     It is a linear map of u plus a small network that starts at 0. The map is random and orthogonal,
-    because a prior that starts independent of u is a saddle of the loss and stays so.
+    because a prior that starts independent of u is at a saddle of the loss and stays there.
     """
 
     def __init__(self, cfg):
@@ -546,7 +546,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(8, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)                      # so that it starts near its skip
+        nn.init.zeros_(self.conv2.weight)                      # it starts near its skip
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))                  # (B, F, H, W)
@@ -680,25 +680,25 @@ class VPSDE:
 
 
 def time_grid(steps, sde):
-    """(steps + 1,) times from 1 down to 1e-3, uniform in sde.lam, the logarithm of signal to noise.
+    """(steps + 1,) times from 1 down to 1e-3, uniform in sde.lam, half the log of signal to noise.
 
     Samplers take any other grid, too, such as torch.linspace(1, 1e-3, steps + 1).
     """
     ends = torch.tensor([1, 1e-3])
     ts = sde.t_of_lam(torch.linspace(*sde.lam(ends), steps + 1))
-    ts[[0, -1]] = ends                                         # they stay exact
+    ts[[0, -1]] = ends                                         # free of rounding
     return ts
 
 
 def seeded_noise(seeds, shape, device):
-    """A function giving (B, *shape) noise on device; row k depends on seeds[k] alone."""
+    """A function that gives (B, *shape) noise on device; row k depends on seeds[k] alone."""
     # drawn on the CPU, so that every device gets the same
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
-# Samplers take x (B, C, H, W) along ts (S + 1,) on its device; eps_fn(x, t) has t (B,); noise()
-# gives the next draw.
+# Samplers take x (B, C, H, W) along the times ts (S + 1,), which are on its device; eps_fn(x, t)
+# takes t (B,); noise() gives the next draw.
 
 def check_stochastic(noise, ts):
     """ValueError unless there is noise and ts decreases: only an ODE runs from image to noise."""
@@ -725,14 +725,14 @@ def sample_em(eps_fn, x, ts, sde, noise=None):
 
 @torch.no_grad()
 def sample_pc(eps_fn, x, ts, sde, noise=None, *, snr=0.16):
-    """Before each Euler-Maruyama step one step of Langevin dynamics at t; calls eps_fn 2S times.
+    """Reverse SDE with one Langevin step at t before each Euler-Maruyama step; 2S calls of eps_fn.
 
     Langevin's own error, up to snr^2 / 2 of the standard deviation, does not fall with S. Source:
-    Song et al. 2021, Alg. 3 and 5, with norms of one image, not means over its batch.
+    Song et al. 2021, Alg. 3 and 5, but with each image's norms, not their means over the batch.
     """
     check_stochastic(noise, ts)
     for t, t_next in pairwise(ts):
-        # corrector: a step whose noise and score have the ratio snr
+        # corrector: a step whose score and noise have the ratio snr
         score = -eps_fn(x, t.expand(len(x))) / sde.sigma(t)
         eps = noise()
         ratio = eps.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)      # (B,)
@@ -793,7 +793,7 @@ def sample_dpmpp(eps_fn, x, ts, sde, noise=None):
         x0 = x0_from_eps(x, eps_fn(x, t.expand(len(x))), t, sde)
         h = sde.lam(t_next) - sde.lam(t)
 
-        # the clean image on a line through the last two, at the middle of the step
+        # extrapolate the clean image, on a line through the last two, to the middle of the step
         ahead = x0 if x0_prev is None else x0 + 0.5 * h / h_prev * (x0 - x0_prev)
         x = sde.sigma(t_next) / sde.sigma(t) * x - sde.alpha(t_next) * torch.expm1(-h) * ahead
         x0_prev, h_prev = x0, h
@@ -807,7 +807,8 @@ SAMPLERS = {"em": sample_em, "pc": sample_pc, "ddim": sample_ddim, "heun": sampl
 def invert(eps_fn, x, ts, sde):
     """The noise (B, C, H, W) at max(ts) that the probability-flow ODE maps to x; S calls.
 
-    ts in either order: sample_dpmpp on the same grid returns to x. Others invert by ts.flip(0).
+    ts may be in either order; sample_dpmpp on the same grid leads back to x. The other ODE samplers
+    invert when they are given ts.flip(0).
     """
     return sample_dpmpp(eps_fn, x, ts.sort().values, sde)
 
@@ -817,9 +818,9 @@ def invert(eps_fn, x, ts, sde):
 class PredictEps:
     """The network gives the noise of x_t, as in the paper, and does not see the decoder's image.
 
-    A parametrisation decides what the network sees (sees_x_hat: also the decoder's image) and how
-    many maps (B, C, H, W) it gives, what clean image follows, the loss, and at which times it
-    trains. Another one is a subclass in PREDICTIONS.
+    A parametrisation decides what the network sees (sees_x_hat: also the decoder's image), how many
+    maps (B, C, H, W) it gives, what clean image follows from them, the loss, and the times to train
+    at. To add another, enter a subclass in PREDICTIONS.
     """
 
     sees_x_hat = False
@@ -834,7 +835,7 @@ class PredictEps:
         return share.clamp(min=1e-5)
 
     def maps(self, unet, x_t, t, z, x_hat):
-        """The network's output, (B, n_maps C, H, W); ValueError if another network gives less."""
+        """The network's output, (B, n_maps C, H, W); ValueError for another shape."""
         out = unet(x_t, t, z, x_hat)
         wanted = (len(x_t), self.n_maps * x_t.shape[1], *x_t.shape[2:])
         if out.shape != wanted:
@@ -857,15 +858,15 @@ class PredictEps:
 class PredictResidual(PredictEps):
     """The network gives what the decoder's image lacks, and a gate that lets x_t through.
 
-    EDM's preconditioning (Karras et al. 2022, Table 1) about the decoder's image (Pandey et al.
-    2022). The network sees what x_t / alpha has beyond x_hat: the decoder's error, of typical size
-    r, and noise of size s = sigma / alpha. The gate is r^2 / (r^2 + s^2), as in EDM, where the
-    network does not say otherwise; it can close it where the decoder is right.
+    It is EDM's preconditioning (Karras et al. 2022, Table 1), centred on the decoder's image
+    (Pandey et al. 2022). The network sees x_t / alpha - x_hat: the decoder's error, of typical size
+    r, plus noise of size s = sigma / alpha. At first the gate is r^2 / (r^2 + s^2), as in EDM; the
+    network learns to change it, for instance to close it where the decoder is right.
     """
 
     sees_x_hat = True
     n_maps = 2
-    RATIOS = (0.01, 3.0)                                       # s that the network is trained on
+    RATIOS = (0.01, 3.0)                                       # s on which the network is trained
 
     def times(self, share):
         # uniform in the logarithm of the ratio
@@ -875,14 +876,14 @@ class PredictResidual(PredictEps):
         return self.sde.t_of_lam(-log_ratio)
 
     def scale(self, ratio):
-        """How large the decoder's error and noise of this ratio are together, typically."""
+        """The typical size of the decoder's error plus noise of this ratio."""
         return (self.cfg.typical**2 + ratio.square()).sqrt()
 
     def denoise(self, unet, x_t, t, z, x_hat):
         alpha, ratio = self.sde.alpha_ratio(t)
         offset = x_t / alpha - x_hat
 
-        # samplers start at more noise than the network was trained on: it is told the most it knows
+        # samplers start with more noise than in training: the network is told the most it knows
         told = ratio.clamp(max=self.RATIOS[1])
         t = self.sde.t_of_lam(-told.log()).flatten()
         out, logit = self.maps(unet, offset / self.scale(ratio), t, z, x_hat).chunk(2, dim=1)
@@ -893,7 +894,7 @@ class PredictResidual(PredictEps):
         return x_hat + gate * offset + typical * ratio / self.scale(ratio) * out
 
     def error(self, x_0, x, t):
-        """That of the noise estimate times (r^2 + s^2)^0.5, so that it has a pixel error's size."""
+        """The noise estimate's error times (r^2 + s^2)^0.5, so that it has a pixel error's size."""
         _, ratio = self.sde.alpha_ratio(t)
         return (x_0 - x) / ratio * self.scale(ratio)
 
@@ -915,7 +916,7 @@ class IDiff(nn.Module):
         self.encoder = Encoder(cfg)
         last = self.encoder.last
 
-        # start narrow if the decoder comes late: at first it would see little but noise
+        # start q narrow if the decoder comes late: else it would first see little but noise
         if cfg.settles and last is not None:
             nn.init.constant_(last.bias[cfg.latent_dim:], Encoder.LOGVAR_AT_START)
         self.prior = Prior(cfg) if cfg.model == "vae" else PRIORS[cfg.prior](cfg)
@@ -925,8 +926,8 @@ class IDiff(nn.Module):
     def weights(self, settling=False):
         """Weights of forward's terms in Eq. 2, by name; a term of weight 0 is left out.
 
-        settling: encoder and prior learn alone. Without a decoder nothing would hold q(z|x) narrow
-        against the KL, which therefore waits.
+        settling: encoder and prior learn alone. Without a decoder nothing would keep q(z|x) narrow
+        against the KL, so the KL waits.
         """
         kl = 0.0 if settling else self.cfg.kl
         return {"ddpm": 1.0,
@@ -938,9 +939,9 @@ class IDiff(nn.Module):
     def forward(self, x, u, t, eps, n_rec=None):
         """The unweighted terms of Eq. 2 and those beyond it, a dict of scalars.
 
-        x: (B, C, H, W); u: (N, U), N >= B, the first B those of x, or None, if nothing is asked of
-        the latents; t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all B images, the
-        decoder the first n_rec (None: all), the U-Net the first b.
+        x: (B, C, H, W); u: (N, U), N >= B, the first B those of x, or None, to leave out the
+        terms of the latents; t: (b,) and eps: (b, C, H, W) with b <= B. The encoder sees all B
+        images, the decoder the first n_rec (None: all), the U-Net the first b.
 
         kl: KL(q(z|x) || p(z|u)). rec: the decoder's mean squared error, absent without images for
         it. ddpm: Eq. 3, the mean square of prediction.error, absent without a U-Net or t. For the
@@ -954,7 +955,7 @@ class IDiff(nn.Module):
         z = q.rsample().flatten(1)                             # (B, D) or (B, D L)
         terms = {} if u is None else self.latent_terms(q, z, u)
 
-        # the first ones are decoded, of samples of q
+        # the first ones are decoded from samples of q
         sampled = self.cfg.condition == "sample" or self.cfg.latent != "gaussian"
         n_decoded = max(n_rec, n_ddpm) if sampled else n_rec
         if n_decoded:
@@ -963,8 +964,8 @@ class IDiff(nn.Module):
             error = x_hat[:n_rec] - x[:n_rec]
             terms["rec"] = error.square().mean()
 
-        # diffusion is given what it is given in use: q's mean and the decoder's image of it. Or, as
-        # in the paper, a sample, through which the encoder learns, too. The decoder never does.
+        # diffusion is given what it gets in use: q's mean and the decoder's image of it; or, as in
+        # the paper, a sample, through which the encoder learns, too. The decoder never learns here.
         if self.unet is not None and n_ddpm:
             if sampled:
                 z = z[:n_ddpm]
@@ -974,8 +975,8 @@ class IDiff(nn.Module):
                 with torch.no_grad():
                     x_hat = self.decoder(z)
 
-                # off the codes of images, as between two values in a traversal, x_hat is to be
-                # trusted: every fourth z is moved there, x_hat is not
+                # a traversal leaves the codes of images, and there the U-Net should trust x_hat:
+                # so every fourth z is moved away from its code, while x_hat stays
                 spread = z.std(dim=0, correction=0)
                 z[::4] += 0.5 * spread * torch.randn_like(z[::4])
             x = x[:n_ddpm]
@@ -988,8 +989,8 @@ class IDiff(nn.Module):
         """The terms that compare q(z|x) with p(z|u), a dict of scalars.
 
         q: over (B, D); z: a sample of it, (B, D) or (B, D L); u: (N, U), the first B those of q.
-        kl always; beyond the paper, if their weight is not 0, kl_reverse, KL(p || q), and contrast,
-        which eval mode always gives.
+        It always has kl. Beyond the paper it has kl_reverse, KL(p || q), and contrast if their
+        weights are not 0; eval mode always gives contrast.
         """
         cfg = self.cfg
         p = self.prior(u[:len(z)])
@@ -1033,7 +1034,7 @@ class IDiff(nn.Module):
         return self.decoder(self.embed(z))
 
     def sample_prior(self, u):
-        """z (B, D) drawn from p(z|u) of u (B, U); of categories the indices."""
+        """z (B, D) drawn from p(z|u) of u (B, U); for categories z holds the indices."""
         if u.shape[1:] != (self.cfg.u_dim,):
             raise ValueError(f"u must be (B, {self.cfg.u_dim}), got {tuple(u.shape)}.")
         z = self.prior(u).sample()                             # (B, D) or (B, D, L)
@@ -1058,8 +1059,8 @@ class IDiff(nn.Module):
     def sample(self, z, start, steps=20, sampler="dpmpp", noise=None, last=True):
         """Images (B, C, H, W) in [-1, 1] from latents z (B, D) and start, the noise at t = 1.
 
-        steps: on a grid uniform in log-SNR; noise: for stochastic samplers, see seeded_noise; last:
-        whether to remove the noise that is left at the end. Where invert found start, it is not.
+        steps: how many, uniform in log-SNR; noise: for stochastic samplers, see seeded_noise; last:
+        whether to remove the noise that is left at the end. Pass False if invert found start.
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
@@ -1074,7 +1075,7 @@ class IDiff(nn.Module):
         ts = time_grid(steps, self.sde).to(start)
         x = SAMPLERS[sampler](eps_fn, start, ts, self.sde, noise)
 
-        # the samplers end at t = 1e-3, where 1 % of noise is left
+        # the samplers end at t = 1e-3, where 1 % of the noise is left
         if last:
             eps_hat = eps_fn(x, ts[-1].expand(len(x)))
             x = x0_from_eps(x, eps_hat, ts[-1], self.sde)
@@ -1082,9 +1083,9 @@ class IDiff(nn.Module):
 
     @torch.no_grad()
     def generate(self, u, start, steps=20, sampler="dpmpp", noise=None):
-        """New images (B, C, H, W) in [-1, 1] of u (B, U): z is drawn from p(z|u), then see sample.
+        """New images (B, C, H, W) in [-1, 1] for u (B, U): z is drawn from p(z|u), then see sample.
 
-        Without a U-Net the decoder draws them, and what follows u is not used.
+        Without a U-Net the decoder draws them, and the arguments after u are not used.
         """
         z = self.sample_prior(u)
         if self.unet is None:
@@ -1105,12 +1106,12 @@ def save_checkpoint(path, model, ema, **state):
         os.replace(partial_path, path)
     except (OSError, RuntimeError) as error:                   # torch raises RuntimeErrors
         partial_path.unlink(missing_ok=True)
-        raise OSError(f"'{path}' was not written, what it held is kept: "
+        raise OSError(f"'{path}' was not written, and what it held is kept: "
                       f"{error.__context__ or error}")
 
 
 def read_checkpoint(path, device="cpu"):
-    """The dict that save_checkpoint wrote. FileNotFoundError or ValueError, in one line, if not."""
+    """The dict that save_checkpoint wrote; FileNotFoundError or ValueError if there is none."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint not found: '{path}'. Train one with \"python "
                                 "train.py\", or pass the path it printed at its end.")
@@ -1124,7 +1125,7 @@ def read_checkpoint(path, device="cpu"):
         with torch.device("meta"):                             # takes no memory
             model = IDiff(Config(**content["config"]))
         for weights in (content["model"], content["ema"]):
-            # strict, each name and shape; dict(), for torch writes assign=True into its argument
+            # strict: every name and shape; dict(): torch writes into the argument with assign=True
             model.load_state_dict(dict(weights), assign=True)
     except Exception as error:         # whatever torch raises, the file is at fault
         reason = f"{type(error).__name__}, {in_one_line(error)}".split(". ")[0]
@@ -1145,9 +1146,9 @@ def load_checkpoint(path, device="cpu"):
 
 
 def data_of(info, path, device="cpu", data=None, load=None):
-    """The Data that a checkpoint's info tells of, where they were or beside it; or those given.
+    """The Data named in a checkpoint's info, found where they were or beside it; or data, if given.
 
-    data: a Data, or a name or path. load: load_data, or a function like it that keeps what it has.
+    data: a Data, a name or a path. load: load_data, or a function like it that caches its results.
     """
     if isinstance(data, Data):
         return data
@@ -1166,7 +1167,7 @@ def data_of(info, path, device="cpu", data=None, load=None):
 
 
 def open_checkpoint(path, device="cpu", data=None, load=None):
-    """(model, data): load_checkpoint's model and its data, see data_of. Warns of other data."""
+    """(model, data): load_checkpoint's model and its data, see data_of. Warns if those differ."""
     model = load_checkpoint(path, device)
     data = data_of(model.info, path, device, data, load)
     if model.info.get("fingerprint", data.fingerprint) != data.fingerprint:
@@ -1175,7 +1176,7 @@ def open_checkpoint(path, device="cpu", data=None, load=None):
 
 
 def pick_device(name=None, index=None):
-    """The torch.device of a name, by default cuda where present; ValueError if it is not there."""
+    """The torch.device of a name, by default cuda where present; ValueError if that is unusable."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -1197,20 +1198,20 @@ def read_number(path, word=None):
 
 
 def check_memory(need, device):
-    """MemoryError in one line if need bytes do not fit on the device, where the system tells."""
+    """MemoryError if need bytes do not fit on the device, as far as the system tells."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
         free = 1024 * read_number("/proc/meminfo", "MemAvailable:")            # it counts in kB
 
-        # the limit of a container, by cgroups of version 2 or 1; files in memory make room
+        # the limit of a container, from cgroups of version 2 or 1; cached files do not count
         for limit, used in (("/sys/fs/cgroup/memory.max", "anon"),
                             ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "total_rss")):
             in_use = read_number(Path(limit).with_name("memory.stat"), used)
             free = min(free, read_number(limit) - in_use)      # not where that is inf - inf
     if need > 0.9 * free:
-        raise MemoryError(f"it needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
-                          f"free on {device}. Free some, or take less.")
+        raise MemoryError(f"it needs {need / 2**30:.1f} GiB of memory, but {free / 2**30:.1f} GiB "
+                          f"are free on {device}. Free some, or take less.")
 
 
 # ---- Kinds of u, and the modulated draw ----
@@ -1219,8 +1220,9 @@ class ScalesU:
     """u of a modulated draw that tells the scale of each factor (--u var).
 
     Every draw and factor has a scale s, log-uniform in [u_scale, 1], and a centre m, here 0. A
-    value g of the factor then has probability ∝ exp(-((g - m) / s)^2 / 2). Another kind of u is a
-    subclass in U_KINDS. n_factors: how many factors vary; n_u: columns of the data's own u.
+    value g of the factor then has probability ∝ exp(-((g - m) / s)^2 / 2). To add a kind
+    of u, enter a subclass in U_KINDS. n_factors: how many factors vary; n_u: how many columns the
+    data's own u has.
     """
 
     tells_centres = False
@@ -1245,14 +1247,14 @@ class ScalesU:
         return rows, self.pack(log_s[:, data.varied], m[:, data.varied])
 
     def draw_held_out(self, data, n, generator):
-        """The same, of rows that training never sees, where a kind of u keeps some."""
+        """The same for rows that training never sees, if this kind of u holds some out."""
         return self.draw(data, n, generator)
 
     def pack(self, log_scale, centre):
         """u (B, U) of log-scales, in [log u_scale, 0], and centres, (B, K) each.
 
-        K: the factors that vary, in the order of data.varied. So pack(**told) is u again, if told
-        is what unpack gives, with a centre changed or not.
+        K: the factors that vary, in the order of data.varied. It inverts unpack: pack(**told)
+        gives u again if told is unpack(u); a centre in told may be changed before.
         """
         scales = 1 - 2 * log_scale / math.log(self.u_scale)
         return torch.cat([scales, centre], dim=1) if self.tells_centres else scales
@@ -1287,7 +1289,7 @@ class OwnU(ScalesU):
         return self.choose(data, data.held_out, n, generator)
 
     def choose(self, data, rows, n, generator):
-        """n of rows, with replacement, and their u."""
+        """n of the rows, drawn with replacement, and their u."""
         chosen = torch.randint(len(rows), (n,), generator=generator, device=data.device)
         rows = rows[chosen]
         return rows, data.u[rows]
@@ -1297,12 +1299,12 @@ U_KINDS.update({"var": ScalesU, "mean+var": CentresU, "own": OwnU})
 
 
 class Data:
-    """Images on a device, by row, with their factors and u, and the draw of rows for training.
+    """Images on a device, by row, with their factors and u; it also draws rows for training.
 
     sizes: {factor's name: how many values, or these values, rising}; image_shape: (C, S, S), S a
     multiple of 16; images: function rows (B,) -> (B, C, S, S) in [-1, 1]; factors: (N, K) int64,
     the index of each image's values, or None for the full factor grid, row-major; u: (N, U), the
-    data's own, or None; note: how they were read. A Data can be pickled if images can.
+    data's own, or None; note: how the images were read. A Data can be pickled if images can.
     """
 
     def __init__(self, name, sizes, image_shape, images, device, factors=None, u=None,
@@ -1320,8 +1322,8 @@ class Data:
 
         _, height, width = image_shape
         if height != width or height % 16:
-            raise ValueError(f"images of {name} are {height} x {width} pixels; wanted are squares "
-                             "with a side that is a multiple of 16.")
+            raise ValueError(f"images of {name} are {height} x {width} pixels; they must be "
+                             "squares with a side that is a multiple of 16.")
 
         # a row of the full grid has the number sum of index * stride
         self.sizes = torch.tensor(self.factor_sizes, dtype=torch.int64, device=device)
@@ -1329,13 +1331,13 @@ class Data:
         self.varied = (self.sizes > 1).nonzero().flatten()     # the factors that u tells of
         most = max(self.factor_sizes, default=1)
         if most > 1000 or math.prod(self.factor_sizes) >= 2**63:
-            self.varied = self.varied[:0]                      # too many for a modulated draw
+            self.varied = self.varied[:0]                      # too many values to modulate
 
         # the values of each factor, spread over [-1, 1]; V is the largest number of values
         value = torch.arange(most, device=device)                              # (V,)
         last = self.sizes[:, None] - 1                                         # (K, 1)
         self.grid = 2 * value / last.clamp(min=1) - 1                          # (K, V)
-        self.grid[value > last] = math.inf                                     # no such value
+        self.grid[value > last] = math.inf                                     # absent values
 
         # rows, sorted by their number; a grid with gaps lacks some of these
         self.table = None
@@ -1377,12 +1379,12 @@ class Data:
         """Rows (n,) drawn with probability ∝ exp(-sum_k ((g_k - m_k) / s_k)^2 / 2); s, m: (n, K).
 
         That is the probability of a combination of values; its rows are equally likely. On the full
-        grid every combination exists, and each factor takes a value for itself. On a grid with gaps
-        the draw is exact up to 2,000 combinations, of which each is weighed. Of more, each factor
-        in turn, in the columns' order, takes one of the values left: having chosen those of the
-        first factors, the rows left are those whose numbers lie in one interval [low, low +
+        grid every combination exists, and each factor is drawn by itself. On a grid with gaps the
+        draw is exact for up to 2,000 combinations, each of which is weighed. If there are more,
+        each factor in turn, in the columns' order, takes one of the values left: once the first
+        factors have values, the rows left are those whose numbers lie in one interval [low, low +
         stride). Each value of the next factor is a part of that interval, and exists if two binary
-        searches in the sorted numbers find a row in it. So a draw costs K searches, not N
+        searches in the sorted numbers find a row in it. So a draw costs K rounds of searches, not N
         comparisons.
         """
         if self.table is not None and len(self.distinct) <= 2000:
@@ -1422,7 +1424,7 @@ class Data:
         return self.rows_of(self.distinct[chosen[:, 0]], generator)
 
     def rows_of(self, numbers, generator):
-        """A row (n,) of each number (n,), all of its rows being equally likely."""
+        """One row for each number, (n,) both; all rows of a number are equally likely."""
         first = torch.searchsorted(self.numbers, numbers)
         last = torch.searchsorted(self.numbers, numbers + 1)
         share = torch.rand(len(numbers), generator=generator, device=self.device)
@@ -1432,7 +1434,7 @@ class Data:
 
 # ---- Data: files ----
 
-# The keys of a file, and what they hold; where several hold the same, the last one counts.
+# The keys of a file, and what they hold; if several hold the same, the last one counts.
 KEYS = {"imgs": "images",
         "images": "images",
         "latents_classes": "factors",
@@ -1445,11 +1447,11 @@ KEYS = {"imgs": "images",
 def load_data(name="shapes3d", device="cpu", image_size=None, factor_sizes=None):
     """The Data of a name in DATA_SETS, or of a file, whose images are resized to image_size.
 
-    image_size None: a file's images to the next multiple of 16, a folder's pictures to 64.
-    factor_sizes: numbers of values where an .npz or .h5 file lists no factors, but is their full
-    grid, the last changing fastest.
-    Files: the real 3dshapes.h5, the real dSprites .npz, or one's own .npz or .h5, see check_arrays;
-    or a folder, see read_folder. Raises OSError, ValueError, MemoryError.
+    image_size: if None, a file's images are resized to the next multiple of 16, a folder's pictures
+    to 64. factor_sizes: how many values each factor has, if an .npz or .h5 file lists no factors
+    but is their full grid, the last factor changing fastest. A file is the real 3dshapes.h5, the
+    real dSprites .npz, or an .npz or .h5 of one's own (see check_arrays); a folder also works (see
+    read_folder). Raises OSError, ValueError, MemoryError.
     """
     device = torch.device(device)
     if name in DATA_SETS:
@@ -1473,8 +1475,8 @@ def load_data(name="shapes3d", device="cpu", image_size=None, factor_sizes=None)
 
 
 def read_file(path, device):
-    """{what KEYS name: array} of an .h5 or .npz file. OSError, ValueError, MemoryError."""
-    open(path, "rb").close()                                   # what forbids this tells itself
+    """{what KEYS name: array} of an .h5 or .npz file. Raises OSError, ValueError, MemoryError."""
+    open(path, "rb").close()                                   # an OSError says what forbids it
     try:
         if zipfile.is_zipfile(path):                           # the content decides, not the name
             file = np.load(path, allow_pickle=False)
@@ -1494,22 +1496,22 @@ def read_file(path, device):
     except (MemoryError, ImportError) as error:
         raise type(error)(f"'{path}' cannot be used as data: {error}") from None
     except Exception:                  # zip, h5 and numpy raise many kinds
-        raise ValueError(f"'{path}' cannot be used as data: it is no .npz or .h5 file of arrays of "
-                         "numbers, or is damaged. Save it by np.savez.") from None
+        raise ValueError(f"'{path}' cannot be used as data: it is not an .npz or .h5 file of "
+                         "arrays of numbers, or is damaged. Save it with np.savez.") from None
     if "images" not in arrays:
         raise ValueError(f"'{path}' has no array images, but {held or 'nothing'}. Save what it has "
-                         "under the names images, factors, factor_names and u by np.savez.")
+                         "under the names images, factors, factor_names and u with np.savez.")
     return arrays
 
 
 def read_folder(folder, device, side):
     """{what KEYS name: array} of a folder: one .csv, and the pictures that its column file names.
 
-    The other columns are numbers: u and u:NAME are u, all others factors. ValueError if not so.
+    The other columns are numbers: u and u:NAME are u, all others are factors. Otherwise ValueError.
     """
-    tables = list(Path(folder).glob("[!.]*.csv"))              # hidden ones are no tables
+    tables = list(Path(folder).glob("[!.]*.csv"))              # hidden files are not tables
     if len(tables) != 1:
-        raise ValueError(f"'{folder}' cannot be used as data: a folder must hold one .csv, and "
+        raise ValueError(f"'{folder}' cannot be used as data: a folder must hold one .csv, but "
                          f"here are {len(tables)}.")
     names, files, numbers = read_table(tables[0])
     if len(set(files)) < len(files):
@@ -1529,8 +1531,9 @@ def read_folder(folder, device, side):
 def read_table(path):
     """Names of a .csv's columns but file (C,), its files (N,), and its numbers (N, C), an array.
 
-    As Excel saves it: cells are separated by commas, tabs, or by semicolons, and then decimals by
-    commas; the text is UTF-8, UTF-16 or cp1252. ValueError, with the line that is wrong.
+    The file is as Excel saves it: cells are separated by commas, tabs or semicolons, and in the
+    last case numbers have decimal commas; the text is UTF-8, UTF-16 or cp1252. ValueError, with the
+    line that is wrong.
     """
     content = path.read_bytes()
     encoding = "utf-16" if content.startswith(b"\xff\xfe") else "utf-8-sig"
@@ -1543,7 +1546,7 @@ def read_table(path):
     separator = max(",;\t", key=lines[0].count)
     decimal = "," if separator == ";" else "."
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
-    rows = filter(any, reader)                                 # not those that are empty
+    rows = filter(any, reader)                                 # skip empty rows
     files, numbers = [], []
     try:
         names = next(rows, [])
@@ -1558,7 +1561,7 @@ def read_table(path):
         if not files:
             raise ValueError("no other line follows")
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"'{path}', line {reader.line_num}: {error}. Wanted are the columns' "
+        raise ValueError(f"'{path}', line {reader.line_num}: {error}. The file needs the columns' "
                          "names, one of them file, then a row for each picture: its file, and "
                          "finite numbers. For words write np.unique(words, return_inverse=True)"
                          "[1].") from None
@@ -1567,19 +1570,19 @@ def read_table(path):
 
 
 def read_picture(path, side):
-    """The middle square of a picture, (side, side, 3) uint8; ValueError if it is none."""
+    """The middle square of a picture, (side, side, 3) uint8; ValueError if it cannot be read."""
     from PIL import Image, ImageOps
     try:
         file = Image.open(path)
         animated = getattr(file, "is_animated", False) and file.format != "MPO"
-        picture = ImageOps.exif_transpose(file)                # turned as its camera was held
+        picture = ImageOps.exif_transpose(file)                # turned the way the camera was held
     except Exception as error:         # each format raises kinds of its own
-        raise ValueError(f"'{path}' is no picture that can be read: {error}.") from None
+        raise ValueError(f"'{path}' is not a picture that can be read: {error}.") from None
     if animated or picture.mode in ("I", "F"):
-        raise ValueError(f"'{path}' has several frames, or 32 bits a pixel; wanted is one frame of "
-                         "8 or 16 bits. Save it as a PNG.")
+        raise ValueError(f"'{path}' has several frames, or 32 bits a pixel; it must be one frame "
+                         "of 8 or 16 bits. Save it as a PNG.")
 
-    # 16 bits to 8; what is transparent lies on white
+    # reduce 16 bits to 8, and put what is transparent on white
     if "16" in picture.mode:
         picture = Image.fromarray((np.array(picture) // 257).astype(np.uint8))
     white = Image.new("RGBA", picture.size, "white")
@@ -1588,7 +1591,7 @@ def read_picture(path, side):
 
 
 def look_up(rows, pixels, white, side):
-    """Images (B, C, side, side) in [-1, 1] of stored pixels (N, H, W, C), white being the most."""
+    """Images (B, C, side, side) in [-1, 1] of stored pixels (N, H, W, C) in [0, white]."""
     x = pixels[rows].permute(0, 3, 1, 2).float() * (2 / white) - 1
     if x.shape[-1] != side:
         x = F.interpolate(x, side, mode="bilinear", antialias=True)
@@ -1598,7 +1601,7 @@ def look_up(rows, pixels, white, side):
 def check_arrays(arrays, path, device, image_size):
     """The Data of stored arrays; ValueError, with a remedy, if they are not as they should be.
 
-    images: (N, H, W), or (N, H, W, C) of 1 or 3 channels, in 0..255 or 0..1; what follows may be
+    images: (N, H, W), or (N, H, W, C) with 1 or 3 channels, in 0..255 or 0..1; the others may be
     absent: factors (N, K), any numbers; factor_names (K,); u (N, U), one's own.
     """
     images = arrays["images"]
@@ -1607,15 +1610,15 @@ def check_arrays(arrays, path, device, image_size):
         images = images[..., None]
     fits = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] in (1, 3)
     if not fits or not images.size or images.dtype.kind not in "buif":
-        raise ValueError(f"'{path}': {found}; wanted are numbers, (N, H, H) or (N, H, H, C) with 1 "
-                         "or 3 channels. Crop them, or drop channels: images[..., :3]; or put "
+        raise ValueError(f"'{path}': {found}; they must be numbers, (N, H, H) or (N, H, H, C) with "
+                         "1 or 3 channels. Crop them, or drop channels: images[..., :3]; or put "
                          "channels last: images.transpose(0, 2, 3, 1).")
 
     # pixels as they are stored; the brightest tells what is white
     low, high = images.min(), images.max()
-    if not 0 <= low <= high <= 255:                            # nor are they NaN
-        raise ValueError(f"'{path}': {found}, from {low} to {high}; wanted are 0 to 1 or 0 to 255. "
-                         "Scale them.")
+    if not 0 <= low <= high <= 255:                            # False for NaN, too
+        raise ValueError(f"'{path}': {found}, from {low} to {high}; they must be in 0 to 1 or 0 to "
+                         "255. Scale them.")
     white = 1 if high <= 1 else 255
     kind = np.float32 if images.dtype.kind == "f" else np.uint8
     pixels = torch.from_numpy(images.astype(kind, copy=False)).to(device)
@@ -1642,13 +1645,13 @@ def check_arrays(arrays, path, device, image_size):
                  for text in arrays["factor_names"].flat]
     named = dict(zip(names, values))
     if not len(named) == len(names) == len(values):
-        raise ValueError(f"'{path}': factor_names are {names}; wanted are {len(values)} different "
-                         "names.")
+        raise ValueError(f"'{path}': factor_names are {names}; they must be {len(values)} "
+                         "different names.")
 
     warn_of_factors(names, factors)
 
     own_u = check_table(arrays, "u", n, path)
-    u = own_u.astype(float)                                    # half precision overflows
+    u = own_u.astype(float)                                    # half precision would overflow
     u = (u - u.mean(axis=0)) / u.std(axis=0).clip(1e-9)
     mark = fingerprint(images[::max(1, n // 256)], table, own_u)
     return Data(f"{Path(path).resolve().name} {mark[:8]}", named, (channels, side, side),
@@ -1657,14 +1660,14 @@ def check_arrays(arrays, path, device, image_size):
 
 
 def warn_of_factors(names, factors):
-    """Warn, by name, of columns of indices (N, K) that are identifiers, or copies of others."""
+    """Warn, by name, about columns of indices (N, K) that look like identifiers, or are copies."""
     n = len(factors)
     for k, name in enumerate(names):
         n_values = factors[:, k].max() + 1
         if n_values > min(0.9 * n, 1000):
             warnings.warn(f"factor '{name}' has {n_values:,} values in {n:,} rows: leave it out if "
                           "it is an identifier.")
-        first = (factors == factors[:, [k]]).all(axis=0).argmax()              # equal column
+        first = (factors == factors[:, [k]]).all(axis=0).argmax()              # first equal column
         if first < k and n_values > 1:
             warnings.warn(f"factor '{name}' is a copy of factor '{names[first]}': leave one out.")
 
@@ -1693,13 +1696,13 @@ def fingerprint(*arrays):
 # ---- Scripts: errors, bars, folders, tables and pictures ----
 
 def in_one_line(error):
-    """What an error says, in at most 400 characters; Ctrl-C says nothing."""
+    """What an error says, in at most 400 characters; "stopped" if that is nothing (Ctrl-C)."""
     return " ".join(str(error).split())[:400] or "stopped"
 
 
 @contextmanager
 def script(name, less):
-    """Around a script's main: wrong input, Ctrl-C and full memory end it in one line.
+    """A context for a script's main: wrong input, Ctrl-C and full memory end it in one line.
 
     Warnings become plain lines, each told once. less: the flag that asks for less memory.
     """
@@ -1712,7 +1715,7 @@ def script(name, less):
         told.add(text)
 
     if hasattr(sys.stdout, "reconfigure"):                     # notebooks have one of their own
-        sys.stdout.reconfigure(errors="replace")               # a terminal may know no "²"
+        sys.stdout.reconfigure(errors="replace")               # a terminal may lack "²"
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = tell
@@ -1721,7 +1724,7 @@ def script(name, less):
         except (KeyboardInterrupt, ImportError, OSError, ValueError, MemoryError,
                 RuntimeError) as error:
             text = in_one_line(error)
-            if "allocate" in text:                             # said by torch and by numpy
+            if "allocate" in text:                             # both torch and numpy say so
                 text = f"out of memory: {text}. Free some, or try a smaller {less}."
             elif isinstance(error, RuntimeError) or sys.flags.dev_mode:
                 raise                                          # python -X dev: with a traceback
@@ -1757,12 +1760,12 @@ def use_free_cores():
 
 
 def user_path(text):
-    """The Path of a flag's text. The shell leaves the ~ of --out=~/x as it is."""
+    """The Path of a flag's text, with ~ expanded, which the shell leaves as it is in --out=~/x."""
     return Path(text).expanduser()
 
 
 class Lines:
-    """What tqdm writes, as plain lines for a file."""
+    """A file for tqdm that prints what it is given as plain lines."""
 
     def write(self, text):
         if text.strip():
@@ -1786,7 +1789,7 @@ def try_folder(folder):
 
 
 def table(columns):
-    """A Markdown table, padded to be read as it is; floats have three digits, None is "-"."""
+    """A Markdown table, padded to be readable as it is; floats have three digits, None is "-"."""
     def text(value):
         if isinstance(value, float):
             return f"{value:.3f}"
@@ -1804,7 +1807,7 @@ def table(columns):
 
 @contextmanager
 def drawing(path):
-    """Around the drawing of a picture: if it fails, a line says that path is missing, no more."""
+    """A context for drawing a picture: if that fails, a line says that path is missing, no more."""
     path = Path(path)
     try:
         yield path
@@ -1814,7 +1817,7 @@ def drawing(path):
 
 
 def panels(items, size=(6, 1.6)):
-    """A figure, and (item, its axis) of each item, axes of this size in inches below each other."""
+    """A figure, and (item, its axis) for each item; axes of this size in inches form a column."""
     from matplotlib.figure import Figure
     n = len(items)
     width, height = size
@@ -1830,11 +1833,11 @@ def to_pixels(images):
 
 
 def save_grid(file, images, rows, columns):
-    """Write images (N, C, H, W) in [-1, 1] as a PNG; rows and columns: labels, their product N."""
+    """Write images (N, C, H, W) in [-1, 1] as a PNG grid with these labels of rows, columns."""
     from matplotlib.figure import Figure
     try:
         from torchvision.utils import make_grid
-    except (ImportError, RuntimeError) as error:               # one that was made for another torch
+    except (ImportError, RuntimeError) as error:               # it was built for another torch
         raise ImportError(f"torchvision does not fit torch {torch.__version__}: {error}. Try: pip "
                           "install -r requirements.txt") from None
     n_rows = len(rows)
@@ -1842,7 +1845,7 @@ def save_grid(file, images, rows, columns):
     padded = F.pad(images, [1] * 4, value=1)                   # half a white gap around each
     [grid] = to_pixels(make_grid(padded, n_columns, padding=0)[None])          # (.., .., 3)
 
-    # whole multiples of a pixel, so that all are shown equally large
+    # zoom by a whole number, so that all pixels are shown equally large
     zoom = max(1, round(128 / images.shape[-1]))
     height, width, _ = grid.shape
     figure = Figure((zoom * width / 100, zoom * height / 100), dpi=100)
@@ -1871,7 +1874,7 @@ LIGHT = torch.tensor([-0.34, -0.49, 0.80])[:, None]            # unit vector tow
 
 def grid_factors(rows, sizes):
     """(B, K), the index of each factor's value in rows (B,) of a full grid {name: size}."""
-    # by plain numbers: a tensor made here would be copied to the device at every step
+    # divide by plain numbers: a tensor made here would be copied to the device at every step
     stride = math.prod(sizes.values())
     columns = []
     for size in sizes.values():
@@ -1907,7 +1910,7 @@ def render_shapes3d(device):
     """Shade of floor, walls and object, and white light, (480, 4, 64, 64) uint8.
 
     480 geometries: 8 scales, 4 shapes, 15 orientations, row-major. Sphere tracing (Hart 1996) at
-    twice the size, A = 15 angles, P rays an image. The unit is one object's height, nearly.
+    twice the size, with A = 15 angles and P rays per image. The unit is nearly an object's height.
     """
     # the empty room
     angles = torch.linspace(-30, 30, 15).deg2rad()
@@ -1940,7 +1943,7 @@ def render_shapes3d(device):
         front = torch.stack([dark, dark, shade, shine])
         image[:, near] = torch.where(hit, front, image[:, near])
 
-        # four rays a pixel
+        # average four rays per pixel
         image = image.permute(1, 2, 0, 3).unflatten(3, (128, 128))             # (8, A, 4, ...)
         image = F.avg_pool2d(image.flatten(0, 1), 2)                           # (8 A, 4, ...)
         image = image.clamp(0, 1).mul(255).round().byte()
@@ -1970,11 +1973,11 @@ def camera_rays(angles, side):
 
 
 def render_room(eyes, rays):
-    """Points (3, A, P) where rays leave the empty room, whether on the floor, and shade."""
-    half = 2.7                                                 # of the room's width
+    """Points (3, A, P) where rays meet the empty room, whether on the floor, and their shade."""
+    half = 2.7                                                 # half the room's width
 
     # how far along each ray the walls and the floor are
-    wall = half * rays[:2].sign()                              # that the ray runs towards
+    wall = half * rays[:2].sign()                              # the walls ahead of the ray
     t_wall, axis = ((wall - eyes[:2]) / rays[:2]).min(dim=0)
     t_floor = torch.where(rays[2] < 0, -eyes[2] / rays[2], math.inf)
     point = eyes + rays * torch.minimum(t_wall, t_floor)
@@ -2033,7 +2036,7 @@ def shape_distance(p, shape):
 
 
 def length(v):
-    """(3, ...) -> (...)."""
+    """Lengths (...) of vectors (3, ...)."""
     return (v * v).sum(dim=0).sqrt()
 
 
@@ -2041,7 +2044,7 @@ def length(v):
 
 DSPRITES = {"colour": 1, "shape": 3, "scale": 6, "orientation": 40, "x": 32, "y": 32}
 
-# Half width, half height, and bend, which pulls an ellipse's sides up to make a heart.
+# Half width, half height, and the bend, which pulls an ellipse's sides up to make a heart.
 SPRITES = ((9.5, 9.5, 0.0),
            (12.0, 7.0, 0.0),
            (11.0, 9.0, 0.7))

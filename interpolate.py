@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""What each latent does: traversals, edits, interpolations, samples: labelled PNG grids, a GIF.
+"""Show what each latent does: traversals, edits, interpolations, samples, as PNG grids and a GIF.
 
     python interpolate.py runs/NAME/ckpt.pt
     python interpolate.py runs/NAME/ckpt.pt --sample 10 --set scale=3 "object hue"=0.5
     python interpolate.py runs/NAME/ckpt.pt --swap 12 photo.png --latents scale "object hue"
 
 IMAGE, A and B are row numbers of the data or paths of pictures. Their latents are the encoder's
-means, and diffusion keeps their noise, which the ODE run backwards finds. In Python: sample,
-traverse, swap and between return images with labels, (images, rows, columns), for idiff.save_grid.
+means. Diffusion keeps their noise, which is found by running the ODE backwards. In Python: sample,
+swap and between return images with labels, (images, rows, columns), for idiff.save_grid; traverse
+returns these for each network.
 """
 import argparse
 import io
@@ -32,29 +33,29 @@ def build_parser():
     add("--sample", type=int, metavar="N", help="draw N new images, beside real ones; each also "
         "goes into the folder sample-N, and all with their z and u into sample-N.npz")
     add("--from", dest="how", choices=("shuffled", "u"), help="what new images are made from: "
-        "latents, each of another image (shuffled, the default), or z drawn from p(z|u)")
+        "latents, each from another image (shuffled, the default), or z drawn from p(z|u)")
     add("--like", type=int, metavar="ROW", help="draw new images from the data's own u of this row")
     add("--set", nargs="+", type=assignment, metavar="NAME=VALUE",
-        help="give new images, or --image, these values of factors, as they stand in the data")
+        help="give new images, or --image, these values of factors, in the data's own units")
     add("--image", metavar="IMAGE", help="redraw and traverse this image")
     add("--swap", nargs=2, metavar=("A", "B"), help="put latents of image B into image A")
     add("--between", nargs=2, metavar=("A", "B"), help="interpolate: z linearly, noise on a sphere")
     add("--latents", nargs="+", metavar="NAME",
-        help="which to traverse or swap: z3, 3, or its factor (default: all)")
+        help="latents to traverse or swap, by name, number or factor: z3, 3, scale (default: all)")
     add("--columns", type=int, default=10, help="images per row (default: 10)")
-    add("--steps", type=int, help="sampler steps (default: 20; 50 for given images)")
-    add("--sampler", choices=idiff.SAMPLERS, default="dpmpp", help="(default: dpmpp)")
+    add("--steps", type=int, help="number of sampler steps (default: 20; 50 for given images)")
+    add("--sampler", choices=idiff.SAMPLERS, default="dpmpp", help="sampler (default: dpmpp)")
     add("--seed", type=int, default=0,
         help="seed of the rows encoded, the base image and the noise (default: 0)")
     add("--data", type=os.path.expanduser,
-        help="name or path of the data (default: those the model was trained on)")
-    add("--out", type=idiff.user_path, help="folder of the pictures (default: the checkpoint's)")
+        help="name or path of the data (default: the data that the model was trained on)")
+    add("--out", type=idiff.user_path, help="folder for the pictures (default: the checkpoint's)")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     return parser
 
 
 def assignment(text):
-    """(name, number) of a text such as scale=3; ValueError if it is none."""
+    """(name, number) of a text such as scale=3; ValueError if the text is not like this."""
     name, _, value = text.rpartition("=")
     return name, float(value)
 
@@ -62,7 +63,7 @@ def assignment(text):
 # ---- Images, latents and their names ----
 
 def read_image(name, data):
-    """Image (C, H, W) of a row number, or the centre of a picture at the data's size.
+    """The image (C, H, W) of a row number, or the centre of a picture at the data's size.
 
     name: a text, or an image (C, H, W), which is returned as it is.
     """
@@ -86,9 +87,10 @@ def read_image(name, data):
 def survey(model, data, seed=0):
     """2,000 seeded rows (N,), their codes (N, D), and {latent: its name} in the factors' order.
 
-    "z3 · scale" if latent 3 matches a factor, else "z3": pairs have the largest sum of mutual
-    information, and each over 10 % of the factor's entropy, where chance gives 1 to 5 %. Without
-    factors latents are in the order of what they tell of u, if it is the data's own.
+    A name is "z3 · scale" if latent 3 matches a factor, else "z3". The matched pairs have the
+    largest sum of mutual information, and each has over 10 % of the factor's entropy, where chance
+    gives 1 to 5 %. If the data have no factors but a u of their own, the latents that tell most
+    about u come first.
     """
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:2000]
     rows = rows.to(data.device)
@@ -99,7 +101,7 @@ def survey(model, data, seed=0):
     if data.factor_names:
         # first the latents that match a factor, in the factors' order
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                    # evaluate.py tells of the bins
+            warnings.simplefilter("ignore")                    # evaluate.py warns of the bins
             _, factors = as_arrays(codes, data.factors(rows), n_bins=20)
         mi = mutual_information(codes, factors)                # (D, K)
         h = entropies(factors)
@@ -117,7 +119,7 @@ def survey(model, data, seed=0):
 
 
 def choose(wanted, names):
-    """Those of {latent: name} that are wanted, by number or factor; all for None."""
+    """The entries of {latent: name} that are wanted, by number or factor; all if wanted is None."""
     if not wanted:
         return names
     # "3", "z3" and "scale" all mean "z3 · scale"
@@ -126,7 +128,7 @@ def choose(wanted, names):
         for key in (str(i), *name.split(" · ")):
             known[key] = i
 
-    # in the order that they are asked for
+    # in the order in which they are asked for
     chosen = {}
     for name in wanted:
         i = known.get(str(name))
@@ -137,11 +139,11 @@ def choose(wanted, names):
 
 
 def with_values(z, values, data, known):
-    """(z (n, D), rows): factors set to values, and the surveyed rows that come nearest to these.
+    """(z (n, D), rows): z with factors set to values, and the surveyed rows nearest to these.
 
-    A latent that matches a factor gets the median code of the rows that have its value; between two
-    values, between their codes. values: {factor, or its latent: value, as in data.values}.
-    ValueError for a latent without a factor, or a value that is out of its range.
+    A latent that matches a factor gets the median code of the rows that have the value; a value
+    between two others gets a code between theirs. values: {factor, or its latent: value, as in
+    data.values}. ValueError for a latent without a factor, or a value that is out of range.
     """
     rows, codes, names = known
     z = z.clone()
@@ -167,12 +169,12 @@ def with_values(z, values, data, known):
 
 @torch.no_grad()
 def invert(model, data, names, steps):
-    """Images (B, C, H, W) of names, see read_image, their latents (B, D), and the noise from which
-    diffusion redraws them."""
+    """The images (B, C, H, W) of names (see read_image), their latents (B, D), and the noise from
+    which diffusion redraws them."""
     x = torch.stack([read_image(name, data) for name in names])
     z, _ = model.encode(x)
     if model.unet is None:
-        return x, z, x                                         # the last is not used
+        return x, z, x                                         # the last one is not used
     ts = idiff.time_grid(steps, model.sde).to(x)
     return x, z, idiff.invert(model.eps_fn(z), x, ts, model.sde)
 
@@ -182,7 +184,7 @@ def slerp(a, b, w):
     # shares of the angle between a and b
     w = w.view(-1, 1, 1, 1)
     cos = (a * b).sum() / (a.norm() * b.norm())
-    angle = cos.clamp(-1, 1 - 1e-6).acos()                     # 0 would give 0 / 0
+    angle = cos.clamp(-1, 1 - 1e-6).acos()                     # an angle of 0 would give 0 / 0
     to_a = ((1 - w) * angle).sin()
     to_b = (w * angle).sin()
     return (to_a * a + to_b * b) / angle.sin()
@@ -191,9 +193,9 @@ def slerp(a, b, w):
 def traverse(model, data, image=None, latents=None, columns=10, steps=20, sampler="dpmpp", seed=0):
     """{network: (images, rows, columns)}: each latent over its range, the others as they are.
 
-    image: see read_image, whose latents and noise are kept, or None for the first surveyed row and
-    new noise; latents: which, by number or name. All cells of a row have one noise, so that only
-    the latent changes.
+    image: an image (see read_image) whose latents and noise are kept, or None for the first
+    surveyed row and new noise; latents: which ones, by number or name. All cells have the same
+    noise, so that only the latent changes.
     """
     _, codes, names = survey(model, data, seed)
     names = choose(latents, names)
@@ -204,7 +206,7 @@ def traverse(model, data, image=None, latents=None, columns=10, steps=20, sample
     else:
         _, z, start = invert(model, data, [image], steps)
 
-    # a row a latent: z, but for that latent, which runs over the middle 96 % of its codes
+    # a row for each latent, which runs over the middle 96 % of its codes; the rest of z stays
     quantiles = codes.new_tensor([0.02, 0.98])
     low, high = torch.quantile(codes[:, latents], quantiles, dim=0)            # (L,) each
     varied = z.repeat(len(latents), columns, 1)                # (L, n, D)
@@ -223,8 +225,8 @@ def traverse(model, data, image=None, latents=None, columns=10, steps=20, sample
 
 
 def beside(model, x, z, noise, titles, steps, sampler):
-    """(images, rows, columns): latents z (n, D) drawn with noise, a row per network, between the
-    given images x, A and maybe B."""
+    """(images, rows, columns): a row per network, which draws latents z (n, D) with noise, between
+    the given images x: A, and perhaps B."""
     pictures = render(model, z, noise, steps, sampler, keeps_noise=True)
     images = []
     for row in pictures.values():
@@ -234,9 +236,9 @@ def beside(model, x, z, noise, titles, steps, sampler):
 
 
 def redraw(model, data, image, steps=50, sampler="dpmpp", values=None, seed=0):
-    """(images, rows, columns): an image, see read_image, and as each network redraws it.
+    """(images, rows, columns): an image (see read_image) and how each network redraws it.
 
-    values: see with_values; given these, a last column has them.
+    values: see with_values; if any are given, a last column shows the image with them.
     """
     x, z, noise = invert(model, data, [image], steps)
     titles = ["redrawn"]
@@ -250,7 +252,7 @@ def redraw(model, data, image, steps=50, sampler="dpmpp", values=None, seed=0):
 def swap(model, data, a, b, latents=None, steps=50, sampler="dpmpp", seed=0):
     """(images, rows, columns): image a with each of b's latents, then with all of them.
 
-    a, b: see read_image; latents: which, by number or name; the noise stays a's.
+    a, b: see read_image; latents: which ones, by number or name. The noise stays a's.
     """
     x, z, noise = invert(model, data, [a, b], steps)
     names = choose(latents, survey(model, data, seed)[2])
@@ -266,7 +268,10 @@ def swap(model, data, a, b, latents=None, steps=50, sampler="dpmpp", seed=0):
 
 
 def between(model, data, a, b, columns=10, steps=50, sampler="dpmpp"):
-    """(images, rows, columns): from image a to b, see read_image, z linearly, noise on a sphere."""
+    """(images, rows, columns): from image a to b, with z on a line and the noise on a sphere.
+
+    a, b: see read_image.
+    """
     x, z, noise = invert(model, data, [a, b], steps)
     w = torch.linspace(0, 1, columns).to(z)
     z = torch.lerp(z[:1], z[1:], w[:, None])
@@ -277,9 +282,9 @@ def between(model, data, a, b, columns=10, steps=50, sampler="dpmpp"):
 def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0):
     """z (n, D) of n new images, their u (n, U) or None, and rows (n,) of real images drawn alike.
 
-    how: "shuffled", each latent of z is another image's; or "u", z is drawn from p(z|u), u as in
-    training; like: row of the data whose own u all have; values: see with_values. ValueError if
-    something cannot be.
+    how: with "shuffled" each latent of z comes from another image; with "u" z is drawn from p(z|u),
+    and u as in training. like: a row of the data, whose own u all images get; values: see
+    with_values. ValueError if the data cannot give this.
     """
     generator = torch.Generator(data.device).manual_seed(seed)
     torch.manual_seed(seed)
@@ -287,7 +292,7 @@ def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0):
     if like is not None:
         if model.cfg.u != "own" or not like < len(data):
             raise ValueError(f"--like needs a u of the data's own, and a row below {len(data)}: "
-                             f"this u is '{model.cfg.u}', got row {like}.")
+                             f"the model's u is '{model.cfg.u}', got row {like}.")
         rows = (data.u == data.u[like]).all(dim=1).nonzero().flatten()
         u = data.u[like].expand(n, -1)
     elif how == "u":
@@ -298,22 +303,22 @@ def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0):
         index = torch.randint(len(codes), shape, generator=generator, device=data.device)
         z = codes.gather(0, index)
 
-    # z of u, and what is asked for in its place
+    # z from u; then the values that are asked for
     if u is not None:
         z = model.sample_prior(u)
     if values:
         z, rows = with_values(z, values, data, survey(model, data, seed))
 
-    # real ones, each once before one comes again
+    # real images: all are used once before any is used again
     order = torch.randperm(len(rows), generator=generator, device=data.device)
     chosen = order.repeat(n // len(rows) + 1)[:n]
     return z, u, rows[chosen]
 
 
 def sample(model, data, n, steps=20, sampler="dpmpp", seed=0, **what):
-    """(images, rows, columns): n new images by each network, then real ones drawn alike.
+    """(images, rows, columns): n new images by each network, then real images drawn alike.
 
-    what is new: see draw_codes. Image k has the start noise of seed + k.
+    what: see draw_codes. Image k has the start noise of seed + k.
     """
     z, _, rows = draw_codes(model, data, n, seed=seed, **what)
     start = idiff.seeded_noise(range(seed, seed + n), data.image_shape, data.device)()
@@ -323,9 +328,9 @@ def sample(model, data, n, steps=20, sampler="dpmpp", seed=0, **what):
 
 
 def classes(model, data, columns=10, **how):
-    """(images, rows, columns): for each different u a row, a real image and new ones.
+    """(images, rows, columns): one row for each different u, with a real image and new ones.
 
-    how: as in sample. Diffusion draws them, or the decoder where it is alone.
+    how: as in sample. Diffusion draws the new ones, or the decoder if there is no U-Net.
     """
     # the first row with each u, in the order of one-hot columns
     _, first = np.unique(data.u.cpu(), axis=0, return_index=True)
@@ -341,7 +346,7 @@ def classes(model, data, columns=10, **how):
 
 def true_factors(data, row, columns=10):
     """(images, rows, columns): the data's images that differ from a row's in a single factor."""
-    # which factors of each image are those of the row
+    # which factors of each image equal the row's
     everything = torch.arange(len(data), device=data.device)
     factors = data.factors(everything).cpu().numpy()
     same = factors == factors[row]
@@ -350,7 +355,7 @@ def true_factors(data, row, columns=10):
     # an image for each value of each factor; a row with fewer values ends in white
     grid = torch.ones(len(varied), columns, *data.image_shape)                 # white
     for k, images in zip(varied, grid):
-        rows = np.flatnonzero(np.delete(same, k, axis=1).all(axis=1))          # the others same
+        rows = np.flatnonzero(np.delete(same, k, axis=1).all(axis=1))          # all others equal
         _, first = np.unique(factors[rows, k], return_index=True)
         shown = np.unique(np.linspace(0, len(first) - 1, columns).round().astype(int))
         chosen = torch.tensor(rows[first[shown]], device=data.device)
@@ -379,8 +384,8 @@ def write_gif(file, grids):
 
 
 def save_images(folder, grid, z, u):
-    """Write what sample draws, by its last network, as PNGs into a folder, and all with z and u, if
-    any, as its .npz."""
+    """Write what the last network of sample draws as PNGs into a folder; and all of these images,
+    with z and, if there is one, u, into an .npz beside it."""
     from PIL import Image
     images, networks, _ = grid
     *_, new, _ = images.unflatten(0, (len(networks), -1))                      # the last are real
@@ -394,7 +399,7 @@ def save_images(folder, grid, z, u):
 
 def write_pictures(out, grids, films):
     """Write {name: grid} as PNGs and {file: what traverse returns} as GIFs; returns their paths."""
-    # each by itself: one that cannot be drawn costs no other
+    # one by one: a picture that cannot be drawn costs no other
     paths = []
     for name, grid in grids.items():
         with drawing(out / f"{name}.png") as path:
@@ -410,7 +415,7 @@ def write_pictures(out, grids, films):
 
 
 def check_flags(args):
-    """ValueError unless the numbers of flags can be, and flags of new images have some."""
+    """ValueError if a flag's number is too low, or a flag of new images comes without any."""
     for name, least in (("columns", 2), ("steps", 1), ("seed", 0), ("sample", 1), ("like", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -434,7 +439,7 @@ def start(args):
     names = choose(args.latents, names)
     print(f"{', '.join(names.values())}; pictures go to {out}", flush=True)
 
-    # given images keep their noise, which takes more steps
+    # given images keep their noise, and finding it takes more steps
     given = args.image or args.swap or args.between
     alone = not given and not args.sample
     how = {"steps": args.steps or (50 if given else 20), "sampler": args.sampler}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Train a VAE, an iVAE or an iDiff model.
 
-    python train.py                                # the recipe: all six factors of 3D Shapes
+    python train.py                                # the recipe, on all six factors of 3D Shapes
     python train.py --paper --out runs/paper       # the paper's method at the same size
 
 In Python: run(recipe(data), data, "runs/mine") returns the trained model.
@@ -36,7 +36,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import idiff
 from idiff import Config, drawing, in_one_line, progress
 
-DRAWS_PER_EPOCH = 480_000   # the images of 3D Shapes, whatever the data
+DRAWS_PER_EPOCH = 480_000   # as many as 3D Shapes has images, for any data
 SIZES = {"small": {},
          "full": dict(patch=2, width=128, unet_width=128, rec_images=0, ddpm_images=0,
                       batch_size=512, epochs=10.0, precision="bfloat16")}
@@ -67,17 +67,17 @@ def build_parser():
 
     add = parser.add_argument_group("the run").add_argument
     path = os.path.expanduser                              # the shell leaves --out=~/x as it is
-    add("--data", type=path, help=f"{', '.join(idiff.DATA_SETS)}, .h5 or .npz file, folder "
+    add("--data", type=path, help=f"{', '.join(idiff.DATA_SETS)}, an .h5 or .npz file, or a folder "
         "(default: shapes3d, or a frozen iVAE's)")
     add("--factor-sizes", type=sizes, metavar="V,V,...",
-        help="numbers of values, where an .npz or .h5 file of a full grid lists no factors")
+        help="how many values each factor has, if an .npz or .h5 file of a full grid lists none")
     add("--size", choices=SIZES, default="small", help="widths, batch and length (default: small)")
     add("--paper", action="store_true", help="the paper's method, at the same size")
     add("--device", help="cpu, cuda or mps (default: cuda where present)")
     add("--out", type=path,
-        help="folder of the run, in which the same command goes on (default: a new one in runs)")
+        help="folder of the run; the same command continues there (default: a new one in runs)")
     add("--resume", type=path, metavar="CKPT",
-        help="go on with the run of this checkpoint, in its folder or in --out")
+        help="continue the run of this checkpoint, in its folder or in --out")
     add("--freeze-ivae", type=path, metavar="CKPT",
         help="train a U-Net on the frozen iVAE of this checkpoint")
     add("--save-every", type=positive, default=500, metavar="N",
@@ -87,13 +87,13 @@ def build_parser():
 
     add = parser.add_argument_group("a search; the same command joins or resumes it").add_argument
     add("--search", choices=("grid", "bayes"),
-        help="search over kl, rec and u where no flag sets them")
+        help="search over kl, rec and u, unless a flag sets them")
     add("--over", nargs="+", action="append", default=[], metavar="NAME VALUE",
-        help="a flag and its values to search too, as in --over prior known full")
+        help="also search over a flag's values, as in --over prior known full")
     add("--trials", type=positive,
-        help="how many this process runs (default: 30; grid: every cell)")
+        help="how many trials this process runs (default: 30; grid: every cell)")
     add("--objective", choices=("mig", "contrast"), default="mig",
-        help="contrast, measured on fresh draws, needs no labels (default: mig)")
+        help="what is optimised; contrast, on fresh draws, needs no labels (default: mig)")
 
     add = parser.add_argument_group("what changes the numbers; defaults: the recipe").add_argument
     for f in fields(Config):
@@ -107,7 +107,7 @@ def build_parser():
 
 
 def positive(text):
-    """The whole number that a text gives; ValueError unless at least 1."""
+    """The whole number that a text gives; ValueError unless it is at least 1."""
     number = int(text)
     if number < 1:
         raise ValueError
@@ -115,34 +115,34 @@ def positive(text):
 
 
 def sizes(text):
-    """The whole numbers, at least 1 each, that a text such as 4,3,2 gives."""
+    """The whole numbers that a text such as 4,3,2 gives; each must be at least 1."""
     return tuple(map(positive, text.split(",")))
 
 
 # ---- Config, folder and log ----
 
 def shape_of(data):
-    """The fields of Config that data alone decide, a dict."""
+    """The fields of Config that the data alone decide, a dict."""
     channels, side, _ = data.image_shape
     return dict(image_size=side, image_channels=channels, n_factors=len(data.varied),
                 n_u=data.u.shape[1])
 
 
 def recipe(data, size="small", paper=False, ivae=None, **changes):
-    """The Config of a run on data, with its length in steps. ValueError if something cannot be.
+    """The Config of a run on data, with its length in steps. ValueError for an impossible one.
 
-    Each overrules what stands before: size, paper, what the data or a frozen ivae (a model) leave
-    no choice of, then changes, which are fields of Config.
+    Each of these overrules those before it: size, paper, what the data or a frozen ivae (a model)
+    dictate, and changes, which are fields of Config.
     """
     # the paper's method overrules a size
     values = {**SIZES[size], **(PAPER if paper else {})}
 
-    # what the data leave no choice of
+    # what the data dictate
     if data.u.numel() or not len(data.varied):
         values["u"] = "own"
     shape = shape_of(data)
 
-    # what a frozen iVAE leaves no choice of
+    # what a frozen iVAE dictates
     frozen = {}
     if ivae is not None:
         if ivae.cfg.model == "vae":
@@ -156,19 +156,19 @@ def recipe(data, size="small", paper=False, ivae=None, **changes):
         if "nothing to tell" not in str(error):
             raise
         raise ValueError(f"{error} Pass a --u that the data have; if they are a full grid of "
-                         "factors without labels, --factor-sizes; a factor may have 1,000 values "
-                         "at most. Without u and factors only --model vae --u own can be "
+                         "factors without labels, --factor-sizes; a factor may have at most 1,000 "
+                         "values. Without u and factors only --model vae --u own can be "
                          "trained.") from None
     for name, value in [*frozen.items(), *shape.items()]:
         if getattr(cfg, name) != value:
             raise ValueError(f"the data, or the frozen iVAE, need {name} {value}, got "
                              f"{getattr(cfg, name)}. Leave it out; --image-size is for files.")
 
-    # lengths and counts as they come out
+    # lengths and counts in full
     batch = cfg.batch_size
     steps = cfg.epochs * DRAWS_PER_EPOCH / batch
     if cfg.model == "idiff":
-        steps /= 1 - cfg.unet_share                            # the U-Net's come on top
+        steps /= 1 - cfg.unet_share                            # the U-Net's steps come on top
     cfg = replace(cfg, steps=cfg.steps or max(1, round(steps)),
                   rec_images=min(cfg.rec_images or batch, batch),
                   ddpm_images=min(cfg.ddpm_images or batch, batch))
@@ -181,7 +181,7 @@ def check_fit(cfg, data):
     shape = shape_of(data)
     if {**values, **shape} != values or cfg.steps < 1:
         wanted = {name: values[name] for name in [*shape, "steps"]}
-        raise ValueError(f"the Config is of {wanted}; {data.name} has {shape}, and a run a step or "
+        raise ValueError(f"the Config has {wanted}; {data.name} has {shape}, and a run a step or "
                          "more. Make it by recipe(data).")
 
     shared = (cfg.batch_size, cfg.rec_images, cfg.ddpm_images)
@@ -191,7 +191,7 @@ def check_fit(cfg, data):
 
 
 def check_same(cfg, data, info, content, path):
-    """ValueError, which tells what differs, unless a checkpoint's content is of this very run."""
+    """ValueError, which tells what differs, unless a checkpoint's content is from this very run."""
     held = {**content["info"], **content["config"]}
     if held.get("fingerprint") != data.fingerprint:
         raise ValueError(f"'{path}' was trained on other data than '{data.name}': on "
@@ -205,18 +205,18 @@ def check_same(cfg, data, info, content, path):
 
 
 def make_folder(cfg):
-    """A new folder of a run, which no other run has."""
+    """A new folder for a run, which no other run has."""
     for n in count(1):
         folder = f"runs/{cfg.model}-s{cfg.seed}" + (f"-{n}" if n > 1 else "")
         with suppress(FileExistsError):
-            os.makedirs(folder)                            # of two runs at once one makes it
+            os.makedirs(folder)                            # if two runs try at once, one gets it
             return folder
 
 
 def open_log(out, cfg, size):
     """The log in the folder out, cut to size bytes; until it is closed no other run writes there.
 
-    The lock ends with its process, however that ends. Windows and some file systems have none.
+    The lock ends with its process, however that ends. Windows and some file systems have no locks.
     """
     os.makedirs(out, exist_ok=True)
     file = open(f"{out}/log.jsonl", "a")
@@ -235,7 +235,7 @@ def open_log(out, cfg, size):
 
 
 def provenance(data):
-    """What a checkpoint says of its origin."""
+    """What a checkpoint says about its origin, a dict."""
     commit = subprocess.run("git describe --always --dirty", shell=True, errors="replace",
                             capture_output=True, cwd=Path(__file__).parent)
     return {"data": data.name,
@@ -246,9 +246,9 @@ def provenance(data):
 
 
 def log(out, record):
-    """The one place where numbers leave, of rank 0 alone: a line of log.jsonl in the folder out.
+    """The one place where numbers leave: writes a line of log.jsonl in the folder out, on rank 0.
 
-    record: {"config": dict} first; {"step": int, a float per term, ...}; last the fresh draws'.
+    record: first {"config": dict}, then {"step": int, a float per term, ...}, last the validation.
     """
     with open(f"{out}/log.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
@@ -257,11 +257,11 @@ def log(out, record):
 # ---- Model and optimisers ----
 
 class Muon(torch.optim.Optimizer):
-    """Steps of one size along every singular vector of the momentum, for weights seen as matrices.
+    """An optimiser that takes steps of one size along every singular vector of the momentum.
 
-    The momentum is 0.9. A kernel (O, I, h, w) is a matrix (O, I h w). Weights of a group have one
-    shape, and step at once: on a GPU the host's calls take most of the time. Source: Jordan et al.
-    2024.
+    The momentum is 0.9. A kernel (O, I, h, w) counts as a matrix (O, I h w). The weights of a group
+    have one shape and are updated together, because on a GPU the host's calls take most of the
+    time. Source: Jordan et al. 2024.
     """
 
     def __init__(self, params, lr):
@@ -290,7 +290,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(m):
-    """Matrices m (N, R, C), their singular values moved to about 1: five Newton-Schulz steps."""
+    """Matrices m (N, R, C) with singular values moved to about 1, by five Newton-Schulz steps."""
     if m.shape[1] > m.shape[2]:
         return orthogonalise(m.mT).mT
     m = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -302,7 +302,7 @@ def orthogonalise(m):
 
 
 def freeze(model, ivae):
-    """Give the parts of a model, but for its U-Net, the weights of another, and let them stay."""
+    """Give all parts of a model except its U-Net the weights of another, and freeze them."""
     for name in ("encoder", "prior", "decoder"):
         part = getattr(model, name)
         part.load_state_dict(getattr(ivae, name).state_dict())
@@ -310,14 +310,14 @@ def freeze(model, ivae):
 
 
 def build(cfg, device, ivae=None):
-    """Model, its averaged copy and optimisers, seeded.
+    """The model, its averaged copy and the optimisers, seeded.
 
-    Given a model ivae, all parts but the U-Net are that model's and stay frozen.
+    Given a model ivae, all parts except the U-Net take its weights and stay frozen.
     """
     torch.manual_seed(cfg.seed)
     model = idiff.IDiff(cfg)
 
-    # what must fail later fails now
+    # what would fail later fails now
     if cfg.unmix_steps and model.encoder.last is None:
         raise ValueError("unmixing needs an encoder whose last nn.Linear gives D means, then D "
                          "log-variances. Change yours, or pass --unmix 0.")
@@ -330,12 +330,12 @@ def build(cfg, device, ivae=None):
 
     # networks only: distributions are built outside of compiled parts
     if device.type == "cuda":
-        torch._dynamo.config.suppress_errors = True        # without a compiler: uncompiled
+        torch._dynamo.config.suppress_errors = True        # without a compiler it runs uncompiled
         for part in (model.encoder.net, model.decoder, model.unet):
             if part is not None:
                 part.compile()
 
-    # the matrices of what draws images go to Muon, all else to AdamW
+    # the matrices of decoder and U-Net go to Muon, all else to AdamW
     matrices, others = {}, []
     for name, p in model.named_parameters():
         makes_images = name.startswith(("decoder.", "unet."))
@@ -351,7 +351,7 @@ def build(cfg, device, ivae=None):
 
 
 def restore(content, path, model, ema, optimizers):
-    """Put a checkpoint's content back; returns the step to go on from. ValueError if it cannot."""
+    """Restore a checkpoint's content; returns the step to go on from. ValueError if that fails."""
     try:
         model.load_state_dict(content["model"])
         ema.load_state_dict(content["ema"])
@@ -383,7 +383,7 @@ def stage(cfg, step):
 
 
 def rate_share(cfg, step):
-    """Share of the peak learning rates: up over 100 steps of each stage, times the schedule's."""
+    """Share of the peak learning rates: 100 steps of warm-up in each stage, times the schedule."""
     k, n = stage(cfg, step)
     return min(1.0, (k + 1) / 100) * idiff.SCHEDULES[cfg.schedule](k / n)
 
@@ -392,9 +392,9 @@ def draw_batch(model, data, step):
     """x, u, t, eps of one step, drawn from seed and step alone; t is stratified.
 
     x: (B, C, H, W); u: (B, U); t: (b,), eps: (b, C, H, W) for the b images of the U-Net, which are
-    all when it learns alone. Ranks draw the same and keep each WORLD-th row, of u all, their own
-    first: their mean is one process's, but for z's noise, which each draws itself. Source of the
-    strata: Kingma et al. 2021.
+    all of them when it learns alone. All ranks draw the same and keep every WORLD-th row; of u they
+    keep all, their own rows first. So their mean equals that of one process, except for the noise
+    of z, which each rank draws by itself. Source of the strata: Kingma et al. 2021.
     """
     # all random numbers of the step, whatever was drawn before: a resumed run draws the same
     cfg = model.cfg
@@ -412,31 +412,31 @@ def draw_batch(model, data, step):
     t = model.prediction.times(share)
     eps = torch.randn(x[:b].shape, generator=generator, device=device)
 
-    # the layout that the networks' convolutions are fast in
+    # the layout in which the networks' convolutions are fast
     x = x.contiguous(memory_format=torch.channels_last)
     u = torch.cat([u[(RANK + i) % WORLD::WORLD] for i in range(WORLD)])
     return x[RANK::WORLD], u, t[RANK::WORLD], eps[RANK::WORLD]
 
 
 def total_loss(terms, weights):
-    """Eq. 2: L = L_DDPM + lambda_rec L_rec + lambda_KL L_KL, and what goes beyond the paper.
+    """Eq. 2: L = L_DDPM + lambda_rec L_rec + lambda_KL L_KL, plus terms beyond the paper.
 
-    terms: IDiff.forward's; weights: IDiff.weights'. Returns the sum and the terms in it.
+    terms: from IDiff.forward; weights: from IDiff.weights. Returns the sum and the terms in it.
     """
     unknown = terms.keys() - weights.keys()
     if unknown:
-        raise ValueError(f"IDiff.forward gives {', '.join(unknown)}, and IDiff.weights no weight "
+        raise ValueError(f"IDiff.forward gives {', '.join(unknown)}, but IDiff.weights no weight "
                          "for it.")
-    # a term of weight 0 may overflow, and 0 * inf is no number
+    # a term of weight 0 may overflow, and 0 * inf is NaN
     used = {name: term for name, term in terms.items() if weights[name]}
     loss = sum(weights[name] * term for name, term in used.items())
     return loss, used
 
 
 def average(ema, model, decay):
-    """Move the weights of ema towards the model's; what is no weight, as BatchNorm's, is copied.
+    """Move the weights of ema towards the model's; buffers, such as BatchNorm's, are copied.
 
-    Unlike torch's AveragedModel it lets the host run ahead of the device.
+    Unlike torch's AveragedModel, this lets the host run ahead of the device.
     """
     get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
     for old, new in zip(ema.buffers(), model.buffers()):
@@ -444,7 +444,7 @@ def average(ema, model, decay):
 
 
 def train_step(cfg, model, ema, optimizers, batch, step):
-    """One step; returns the terms that have a weight and the gradient's norm.
+    """Train one step; returns the terms that have a weight, and the gradient's norm.
 
     model may be wrapped for several ranks; ema, its averaged copy, never is.
     """
@@ -452,7 +452,7 @@ def train_step(cfg, model, ema, optimizers, batch, step):
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * rate_share(cfg, step)
 
-    # at first encoder and prior learn alone, at last the U-Net
+    # at first the encoder and the prior learn alone, at the end the U-Net
     x, u, t, eps = batch
     settling = step < cfg.settle_steps
     n_rec = 0 if settling else cfg.rec_images
@@ -484,7 +484,7 @@ def likelihood(w, b, prior, z, u, scales=True):
 
 
 def minimise(loss, parameters, steps):
-    """Move parameters to where the function loss() is least, by at most so many steps of L-BFGS."""
+    """Move parameters to where the function loss() is least, in at most this many L-BFGS steps."""
     optimizer = torch.optim.LBFGS(parameters, max_iter=steps, history_size=20,
                                   line_search_fn="strong_wolfe")
 
@@ -497,10 +497,10 @@ def minimise(loss, parameters, steps):
 
 
 def fit_unmixing(prior, z, u, z_held, u_held, mixes=True, scales=True):
-    """(W, b, prior) of the greatest likelihood, by L-BFGS from W = 1, b = 0 and the given prior,
-    and how likely codes held out are by these, (M,).
+    """(W, b, prior) of the greatest likelihood, and the log-likelihood of held-out codes, (M,).
 
-    mixes: else W is diagonal; scales: see likelihood.
+    L-BFGS starts from W = 1, b = 0 and the given prior. mixes: if False, W is diagonal; scales: see
+    likelihood.
     """
     prior = deepcopy(prior).requires_grad_(True)
     one = torch.eye(z.shape[1], device=z.device)
@@ -514,12 +514,13 @@ def fit_unmixing(prior, z, u, z_held, u_held, mixes=True, scales=True):
 
 
 def unmix(prior, z, u, z_held, u_held):
-    """((W, b, prior), what is told of it): the linear map of z that makes its latents independent.
+    """((W, b, prior), a dict for the log): the linear map of z that makes its latents independent.
 
-    The contrast finds z up to a linear map where u moves means; the variances that u tells fix the
-    axes. W, offset and prior are fitted to codes z (N, D) and u (N, U). They are accepted if codes
-    held out are likelier by them, by more than three times the error of that, than without mixing,
-    and than with variances that u does not tell, which fix nothing. Else the first is None.
+    Where u moves means, the contrast finds z up to a linear map; the variances that u tells then
+    fix the axes. W, the offset b and the prior are fitted to codes z (N, D) and u (N, U). They are
+    accepted if they make held-out codes likelier than a fit without mixing does, and than one in
+    which u tells no variances and so fixes no axes; each gain must exceed three times its error.
+    Otherwise the first item is None.
     Source: Pham & Cardoso 2001; Hyvarinen & Morioka 2016.
     """
     codes = z, u, z_held, u_held
@@ -533,7 +534,7 @@ def unmix(prior, z, u, z_held, u_held):
     for other in (without, no_scales):
         gain = held - other
         gains.append((gain.mean() / gain.std() * n**0.5).item())
-    accepted = all(gain > 3 for gain in gains)             # not where a fit failed: NaN
+    accepted = all(gain > 3 for gain in gains)             # False if a fit failed and gave NaN
     told = {"from": without.mean().item(), "to": held.mean().item(),
             "gain in errors": min(gains), "accepted": accepted}
     return found if accepted else None, told
@@ -541,7 +542,7 @@ def unmix(prior, z, u, z_held, u_held):
 
 @torch.no_grad()
 def draw_codes(model, data, n, held_out):
-    """Means of q(z|x) (n, D) of n draws with a fixed seed, and their u (n, U)."""
+    """The means of q(z|x) (n, D) of n draws with a fixed seed, and their u (n, U)."""
     cfg = model.cfg
     generator = torch.Generator(data.device).manual_seed(1_000_003 + held_out)
     rows, u = data.draw(n, generator, cfg.u, cfg.u_scale, held_out)
@@ -551,7 +552,7 @@ def draw_codes(model, data, n, held_out):
 
 def held_out_contrast(model, data, n_batches=8):
     """The contrast in nats, in batches as in training, on rows that training never sees if u is the
-    data's own, else on fresh draws. What is learned by heart lowers that of training alone."""
+    data's own, else on fresh draws. Learning by heart lowers only the contrast of training."""
     n = model.cfg.batch_size
     z, u = draw_codes(model, data, n_batches * n, held_out=True)
     with torch.no_grad():
@@ -563,8 +564,8 @@ def held_out_contrast(model, data, n_batches=8):
 def unmix_model(model, ema, optimizer, data, step):
     """Unmix z: the map goes into the encoder's last layer, the new prior into the model.
 
-    Averaged weights, which the map was fitted to, go on as the model's; the moments of AdamW are
-    those of other weights, and begin anew. Returns what unmix tells.
+    The averaged weights, to which the map was fitted, become the model's. The moments of AdamW
+    belong to other weights, so they begin anew. Returns what unmix tells.
     """
     n_seen = step * model.cfg.batch_size                   # after few steps there is little to fit
     z, u = draw_codes(ema, data, min(n_seen, 20_000), held_out=False)
@@ -572,11 +573,11 @@ def unmix_model(model, ema, optimizer, data, step):
     if not z.isfinite().all():
         raise ValueError("the codes are not finite. Try a smaller --lr, or --precision float32.")
     result = [unmix(ema.prior, z, u, z_held, u_held)]
-    if WORLD > 1:                                          # rank 0's, to rounding the same
+    if WORLD > 1:                                          # all take rank 0's result
         dist.broadcast_object_list(result)
     [(found, told)] = result
 
-    # into both models; the averaged weights go on as the model's
+    # into both models; the averaged weights become the model's
     if found:
         w, b, prior = (each.to(z.device) for each in found)
         ema.encoder.turn(w, b)
@@ -592,12 +593,12 @@ def unmix_model(model, ema, optimizer, data, step):
 def fit_prior(model, data, step):
     """Fit p(z|u) of a model to its own codes by maximum likelihood; z stays as it is.
 
-    Beside the contrast the KL is too light to hold it: the contrast cares for ratios of p(z|u)
-    alone, and leaves it 3 to 9 % too wide. The fit is kept if codes held out are likelier by it.
+    The contrast depends only on ratios of p(z|u) and leaves it 3 to 9 % too wide; beside it the KL
+    is too light to correct this. The fit is kept if it makes held-out codes likelier.
     """
     prior = deepcopy(model.prior)
     weights = [p for p in prior.parameters() if p.requires_grad]
-    if not model.cfg.contrast or not weights:              # the paper's, frozen, or not learned
+    if not model.cfg.contrast or not weights:              # no contrast, or nothing to fit
         return
     n_seen = step * model.cfg.batch_size                   # after few steps there is little to fit
     z, u = draw_codes(model, data, min(n_seen, 30_000), held_out=False)
@@ -633,14 +634,15 @@ def mean_over_ranks(numbers):
 
 @contextmanager
 def stop_signals():
-    """A list, empty until a signal to stop. It only sets a flag; the run then stops after the
-    current step. SIGHUP is a closed terminal's, SIGUSR1 what SLURM can send as a warning.
+    """A list that is empty until a signal to stop comes. Signals only add to the list; the run then
+    stops after the current step. A closed terminal sends SIGHUP, and SLURM can send SIGUSR1 as a
+    warning.
 
-    Afterwards they do again what they did before: a notebook may have handlers of its own.
+    Afterwards the former handlers are restored: a notebook may have its own.
     """
     stop = []
     before = {}
-    if threading.current_thread() is threading.main_thread():  # only it may set handlers
+    if threading.current_thread() is threading.main_thread():  # only this thread may
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)           # Windows lacks some
             if number is not None:
@@ -655,17 +657,17 @@ def stop_signals():
 def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, log_every=20):
     """Train; returns the model in eval mode with averaged weights.
 
-    Its info has the folder, "out", and "validation", the ELBO on fresh draws and its terms.
-    cfg: recipe(data); out: the folder, by default a new one; ivae: a model whose parts but the
-    U-Net are taken and stay frozen; resume: path of a checkpoint whose run goes on, in its folder
-    or in out; the same run goes on without it, if out holds its checkpoint; info: words that the
-    checkpoint is to keep. ValueError if something cannot be, or a loss is not finite;
-    KeyboardInterrupt, once all is saved, after Ctrl-C or SIGTERM.
+    The model's info has "out", the folder, and "validation", the ELBO on fresh draws and its terms.
+    cfg: from recipe(data); out: the folder, by default a new one, and if it holds a checkpoint of
+    the same run, that run goes on; ivae: a model whose parts, except the U-Net, are taken over and
+    stay frozen; resume: path of a checkpoint whose run goes on, in its folder or in out; info: a
+    dict that the checkpoint keeps. ValueError if something is impossible or a loss is not finite;
+    KeyboardInterrupt after Ctrl-C or SIGTERM, once all is saved.
     """
-    # where the run goes on: by a checkpoint that is named, or by the one that its folder holds
+    # where the run goes on: from the checkpoint that is named, or the one that its folder holds
     info = info or {}
     first_step = log_size = 0
-    if out and os.path.exists(f"{out}/ckpt.pt"):           # a job that is queued again
+    if out and os.path.exists(f"{out}/ckpt.pt"):           # such as a job queued again
         resume = f"{out}/ckpt.pt"
         out = None
     if resume:
@@ -677,7 +679,7 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
     else:
         info = {**provenance(data), **info}
 
-    # all that can be wrong is found before a folder is made
+    # everything that can be wrong is found before a folder is made
     check_fit(cfg, data)
     model, ema, optimizers = build(cfg, data.device, ivae)
     if resume:
@@ -707,7 +709,7 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
 
 
 class Pace:
-    """Tells once that steps take twice as long as others of the same stage of the run did."""
+    """Tells once if steps take more than twice as long as the fastest in their stage of the run."""
 
     def __init__(self):
         self.since = None, 0, 0.0                          # stage, step and time of the last look
@@ -715,12 +717,12 @@ class Pace:
         self.told = False
 
     def look(self, stage, step):
-        """To be called now and then, with the number of steps done; stage None: between steps."""
+        """Call this now and then, with the number of steps done; stage None: between steps."""
         now = time.time()
         before, first, start = self.since
         if stage != before:
             self.since = stage, step, now
-        elif now - start >= 2:                             # less says little
+        elif now - start >= 2:                             # a shorter time says little
             self.since = stage, step, now
             seconds = (now - start) / (step - first)
             fastest = self.fastest[stage] = min(seconds, self.fastest.get(stage, seconds))
@@ -738,7 +740,7 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
     started = time.time()
 
     ranked = model
-    if WORLD > 1:                                          # unused: frozen, or without a weight
+    if WORLD > 1:                                          # some are frozen or have no weight
         ranked = DistributedDataParallel(model, find_unused_parameters=True)
 
     pace = Pace()
@@ -786,17 +788,18 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
                 idiff.save_checkpoint(path, model, ema, step=done,
                                       log_size=os.path.getsize(f"{out}/log.jsonl"),
                                       optimizers=[each.state_dict() for each in optimizers])
-                pace.look(None, done)                      # the pace is of steps alone
+                pace.look(None, done)                      # time spent saving does not count
             if stopping:
-                barrier()                                  # rank 0 has saved: all end
+                barrier()                                  # rank 0 has saved, so all end
                 raise KeyboardInterrupt(f"saved. Go on with: {command('train', '--resume', path)}")
 
 
 @torch.no_grad()
 def fresh_draws(model, data, n=4096):
-    """ELBO in nats per image, higher is better, on n draws with a fixed seed; and its terms.
+    """The ELBO in nats per image (higher is better) on n draws with a fixed seed, and its terms.
 
-    -(values / 2) log(2 pi e MSE) - KL, a Gaussian decoder of the best variance: no lambda in it.
+    It is -(values / 2) log(2 pi e MSE) - KL, that of a Gaussian decoder with the best variance, so
+    no lambda enters it.
     """
     cfg = model.cfg
     generator = torch.Generator(data.device).manual_seed(1_000_003)
@@ -816,7 +819,7 @@ def fresh_draws(model, data, n=4096):
 
 
 def describe(data, model):
-    """The first lines: what runs, on what, and how much of it; what the data hold."""
+    """The first lines that a run prints: what runs, on what, how long; and what the data hold."""
     cfg, info = model.cfg, model.info
     frozen = f", frozen iVAE of {info['frozen']}" if info.get("frozen") else ""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -833,10 +836,10 @@ def describe(data, model):
 
 
 def command(script, *argv):
-    """The command line of a script, to be run from here.
+    """The command line of a script, to be run from the current folder.
 
-    A file of the user's own beside the scripts that started this run knows what it changed: it is
-    to run the script.
+    If a file of the user's own beside the scripts started this run, the command goes through that
+    file, because only it knows what it changed.
     """
     own = Path(sys.argv[0]).resolve()
     here = Path(__file__).resolve().parent
@@ -848,7 +851,7 @@ def command(script, *argv):
 
 
 def finish(model, data, out):
-    """What ends a run: fresh draws, pictures, the commands that come next. Returns the first."""
+    """End a run: fresh draws, pictures, the commands that come next. Returns the fresh draws'."""
     result = fresh_draws(model, data)
     log(out, {"step": model.cfg.steps, "validation": result})
     print(f"ELBO {result['elbo']:.0f} nats per image (mean squared error {result['rec']:.5f}, "
@@ -875,7 +878,7 @@ def draw_losses(path, out):
             for name, value in record.items():
                 curves[name].append((step, value))
     if not curves:
-        raise ValueError("log.jsonl, maybe not the run's own, holds no steps")
+        raise ValueError("log.jsonl, perhaps not the run's own, holds no steps")
 
     # a panel for each; all end at the last step
     figure, panels = idiff.panels(curves, (8, 2.2))
@@ -903,9 +906,9 @@ def draw_samples(path, model, data):
 # ---- The search ----
 
 def search_space(kind, given, over, cfg):
-    """{name: its values, or (low, high)}: the paper's Table 1 less what is given, and --over's.
+    """{name: its values, or (low, high)}: the paper's Table 1 without what is given, plus --over.
 
-    u is not searched either where it is the data's own.
+    u is not searched if it is the data's own.
     """
     kinds = {f.name: f.type for f in fields(Config) if f.metadata["help"]}
     usual = GRID if kind == "grid" else SPACE
@@ -926,8 +929,8 @@ def open_study(out, name, direction):
     """The Optuna study of this name in the folder out, which workers on many machines may share."""
     import optuna
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", module="optuna")     # of what is experimental there
-    logging.getLogger("optuna.storages").setLevel("WARNING")   # who waits for a lock says so
+    warnings.filterwarnings("ignore", module="optuna")     # about experimental features
+    logging.getLogger("optuna.storages").setLevel("WARNING")   # it tells who waits for a lock
 
     # the file is locked by another file, where a link may dangle
     begun = any(Path(out).glob("trial-*"))
@@ -940,7 +943,7 @@ def open_study(out, name, direction):
     except Exception as error:         # a damaged file can raise anything
         raise ValueError(f"'{path}' holds no study: {in_one_line(error)}")
     if begun and name not in names:
-        raise ValueError(f"'{out}' holds a search by other flags. Pass another --out.")
+        raise ValueError(f"'{out}' holds a search with other flags. Pass another --out.")
     return optuna.create_study(storage=storage, study_name=name, direction=direction,
                                load_if_exists=True)
 
@@ -949,8 +952,8 @@ def search(make, data, space, out, kind="bayes", objective="mig", trials=None, *
     """An Optuna study of runs on data; workers started alike, at once or later, share it.
 
     make: function of fields of Config -> the Config of a trial; space: see search_space; trials:
-    how many this process runs, until none is left; flags: for run. ValueError if a trial could not
-    be.
+    how many this process runs, unless none is left before; flags: for run. ValueError if a trial is
+    impossible or none was completed.
     """
     import optuna
     cfg = make()
@@ -963,7 +966,7 @@ def search(make, data, space, out, kind="bayes", objective="mig", trials=None, *
         make(**dict(zip(space, cell)))
     idiff.try_folder(out)
 
-    # a study's name tells its runs, so that a folder holds the trials of one
+    # the name of a study identifies its runs, so that a folder holds the trials of one study only
     told = str([kind, objective, space, asdict(cfg), data.fingerprint, flags.get("info")])
     name = f"{kind} {hashlib.sha256(told.encode()).hexdigest()}"
     direction = "maximize" if objective == "mig" else "minimize"
@@ -971,7 +974,7 @@ def search(make, data, space, out, kind="bayes", objective="mig", trials=None, *
     if kind == "grid":
         study.sampler = optuna.samplers.GridSampler(space, seed=0)
     else:
-        # repeatable alone, and different for a worker that joins
+        # repeatable for a single worker, and different for one that joins
         seed = cfg.seed + len(study.trials)
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
 
@@ -999,7 +1002,7 @@ def search(make, data, space, out, kind="bayes", objective="mig", trials=None, *
 
 
 def run_trial(trial, make, data, folder, objective, flags):
-    """The objective: a run of its own in its own folder, and what is measured there."""
+    """The objective of a trial, measured after a run of its own in its own folder."""
     import evaluate
     try:
         model = run(make(), data, folder, **flags)
@@ -1008,14 +1011,14 @@ def run_trial(trial, make, data, folder, objective, flags):
         report = evaluate.report(model, data, n=evaluate.N_SCORES, trees=False)
         evaluate.write_report(report, folder)
         return report["metrics"]["mig"]
-    except (ValueError, MemoryError, RuntimeError) as error:   # the trial's own
+    except (ValueError, MemoryError, RuntimeError) as error:   # the trial's own fault
         trial.set_user_attr("failed", in_one_line(error))
-        return math.nan                                    # to Optuna a failed trial
+        return math.nan                                    # Optuna counts it as failed
     except BaseException as error:                         # a full disk, or a stop: it runs again
         trial.study.enqueue_trial(trial.params)
         if isinstance(error, Exception):
             raise
-        raise KeyboardInterrupt("stopped. Go on by the same command.") from None
+        raise KeyboardInterrupt("stopped. Go on with the same command.") from None
 
 
 def write_trials(study, out, space, objective):
@@ -1042,14 +1045,14 @@ def write_trials(study, out, space, objective):
 # ---- The command line ----
 
 def prepare(args, given):
-    """(make, data, what else run takes) of the flags; given: fields of Config among them.
+    """(make, data, the other arguments of run) by the flags; given: fields of Config among them.
 
     make: function of changes -> Config.
     """
     device = idiff.pick_device(args.device, LOCAL_RANK)
     flags = {"save_every": args.save_every, "log_every": args.log_every}
 
-    # a run that goes on: all is as its checkpoint says
+    # a run that goes on: everything is as its checkpoint says
     if args.resume:
         if args.paper or args.size != "small" or args.freeze_ivae or args.factor_sizes or given:
             raise ValueError(f"--resume {args.resume} goes on with the run as it was, without "
@@ -1081,13 +1084,13 @@ def prepare(args, given):
 
 
 def start(args):
-    """What the flags ask for: a search's folder, or a run's folder and what it ended with."""
+    """Do what the flags ask for; returns the search's folder, or the run's and its validation."""
     idiff.use_free_cores()
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     searching = args.search or args.over or args.trials or args.objective != "mig"
     if searching and (not args.search or args.resume or WORLD > 1):
-        raise ValueError("--over, --trials and --objective need --search; and that goes without "
-                         "--resume and torchrun: its own command resumes it.")
+        raise ValueError("--over, --trials and --objective need --search, which takes neither "
+                         "--resume nor torchrun: its own command resumes it.")
     make, data, flags = prepare(args, given)
 
     if args.search:
@@ -1108,7 +1111,7 @@ def main(argv=None):
                 text = (f"rank {RANK} waits at {os.environ.get('MASTER_ADDR')} for all {WORLD} "
                         "ranks. If there are no others, unset RANK and WORLD_SIZE.")
                 waiting = threading.Timer(10, warnings.warn, [text])
-                waiting.daemon = True                      # it keeps no program from ending
+                waiting.daemon = True                      # it must not keep us from ending
                 waiting.start()
                 dist.init_process_group()                  # gloo on CPUs, nccl on GPUs
                 waiting.cancel()
@@ -1119,7 +1122,7 @@ def main(argv=None):
             raise
         except Exception:
             if RANK > 0:
-                time.sleep(10)  # if rank 0 met it too it tells, and torchrun ends us before
+                time.sleep(10)  # if rank 0 met it too, it tells, and torchrun ends us
             raise
         if WORLD > 1:
             barrier()                                      # all ranks end together
