@@ -318,9 +318,18 @@ def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0):
 def sample(model, data, n, steps=20, sampler="dpmpp", seed=0, **what):
     """(images, rows, columns): n new images by each network, then real images drawn alike.
 
-    what: see draw_codes. Image k has the start noise of seed + k.
+    what: see draw_codes; how they are drawn: see draw_new.
     """
     z, _, rows = draw_codes(model, data, n, seed=seed, **what)
+    return draw_new(model, data, z, rows, steps, sampler, seed)
+
+
+def draw_new(model, data, z, rows, steps=20, sampler="dpmpp", seed=0):
+    """(images, rows, columns): images of z (n, D) by each network, then the real ones of rows (n,).
+
+    Image k has the start noise of seed + k.
+    """
+    n = len(z)
     start = idiff.seeded_noise(range(seed, seed + n), data.image_shape, data.device)()
     pictures = render(model, z, start, steps, sampler, seed)
     pictures["real"] = data.images(rows)
@@ -453,8 +462,8 @@ def start(args):
         what = {"how": args.how,
                 "like": args.like,
                 "values": values}
-        grids["sample"] = sample(model, data, args.sample, **seeded, **what)
-        z, u, _ = draw_codes(model, data, args.sample, **what, seed=args.seed)
+        z, u, alike = draw_codes(model, data, args.sample, **what, seed=args.seed)
+        grids["sample"] = draw_new(model, data, z, alike, **seeded)
         save_images(out / f"sample-{args.sample}", grids["sample"], z, u)
     elif not given and model.cfg.u == "own" and len(data.u.unique(dim=0)) <= 20:
         grids["classes"] = classes(model, data, args.columns, **seeded)

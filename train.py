@@ -550,6 +550,17 @@ def draw_codes(model, data, n, held_out):
     return torch.cat(means), u
 
 
+def draw_to_fit(model, data, step, most):
+    """z and u of at most this many draws, then of 5,000 at most that are held out, see draw_codes.
+
+    They are no more than the images that training saw: after few steps there is little to fit.
+    """
+    n_seen = step * model.cfg.batch_size
+    trained = draw_codes(model, data, min(n_seen, most), held_out=False)
+    held_out = draw_codes(model, data, min(n_seen, 5_000), held_out=True)
+    return *trained, *held_out
+
+
 def held_out_contrast(model, data, n_batches=8):
     """The contrast in nats, in batches as in training, on rows that training never sees if u is the
     data's own, else on fresh draws. Learning by heart lowers only the contrast of training."""
@@ -567,9 +578,7 @@ def unmix_model(model, ema, optimizer, data, step):
     The averaged weights, to which the map was fitted, become the model's. The moments of AdamW
     belong to other weights, so they begin anew. Returns what unmix tells.
     """
-    n_seen = step * model.cfg.batch_size                   # after few steps there is little to fit
-    z, u = draw_codes(ema, data, min(n_seen, 20_000), held_out=False)
-    z_held, u_held = draw_codes(ema, data, min(n_seen, 5_000), held_out=True)
+    z, u, z_held, u_held = draw_to_fit(ema, data, step, most=20_000)
     if not z.isfinite().all():
         raise ValueError("the codes are not finite. Try a smaller --lr, or --precision float32.")
     result = [unmix(ema.prior, z, u, z_held, u_held)]
@@ -600,9 +609,7 @@ def fit_prior(model, data, step):
     weights = [p for p in prior.parameters() if p.requires_grad]
     if not model.cfg.contrast or not weights:              # no contrast, or nothing to fit
         return
-    n_seen = step * model.cfg.batch_size                   # after few steps there is little to fit
-    z, u = draw_codes(model, data, min(n_seen, 30_000), held_out=False)
-    z_held, u_held = draw_codes(model, data, min(n_seen, 5_000), held_out=True)
+    z, u, z_held, u_held = draw_to_fit(model, data, step, most=30_000)
 
     def surprise(prior, z, u):
         return -prior(u).log_prob(z).sum(dim=1).mean()
