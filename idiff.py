@@ -46,8 +46,7 @@ from torch import nn
 from torch.distributions import Categorical, Distribution, Normal, OneHotCategorical, kl_divergence
 from torch.nn import functional as F
 
-CHECKPOINT_FORMAT = 4       # raised whenever the content of a checkpoint changes
-FORMERLY = dict(condition="sample", unet_share=0.0, unmix=0)   # defaults for older Configs
+CHECKPOINT_FORMAT = 5       # raised whenever the content of a checkpoint changes
 
 # What can be chosen by name. Each entry is added below the definition of its class or function.
 PRIORS = {}                 # p(z|u)
@@ -96,9 +95,9 @@ class Config:
                             least=1e-3)
     condition: str = option("mean", "what the U-Net is given from q(z|x): its mean or a sample",
                             ("mean", "sample"))
-    settle: float = option(0.4, "share of the iVAE's steps in which encoder and prior learn alone",
+    settle: float = option(0.6, "share of the iVAE's steps in which encoder and prior learn alone",
                            below=1)
-    unet_share: float = option(1 / 3, "share of all steps, at the end, in which the U-Net "
+    unet_share: float = option(0.25, "share of all steps, at the end, in which the U-Net "
                                "learns alone", below=1)
     unmix: int = option(1, "how often z is unmixed during settling, the last time at its end",
                         below=10)
@@ -109,7 +108,7 @@ class Config:
     batch_size: int = option(128, "images per step, all of which are encoded", least=1)
     rec_images: int = option(32, "images of each batch that are decoded; 0 for all")
     ddpm_images: int = option(24, "images of each batch that the U-Net sees; 0 for all")
-    epochs: float = option(1.5, "length of the iVAE's training, in epochs of 480,000 draws")
+    epochs: float = option(1.36, "length of the iVAE's training, in epochs of 480,000 draws")
     steps: int = option(0, "number of optimiser steps in all; 0: set by --epochs")
     lr: float = option(2e-3, "peak learning rate of AdamW")
     muon: float = option(0.03, "learning rate of Muon, for matrices of decoder and U-Net; 0: AdamW")
@@ -333,7 +332,7 @@ def mlp(*widths):
 class Encoder(nn.Module):
     """q(z|x): images (B, C, H, W) -> a distribution of z, over (B, D). It never sees u."""
 
-    LOGVAR_AT_START = -4.0
+    LOGVAR_AT_START = -8.0
 
     def __init__(self, cfg):
         super().__init__()
@@ -408,7 +407,7 @@ class Head(nn.Module):
         self.full = nn.Sequential(                             # blurs the borders of patches
             nn.Conv2d(c_full, 16, 3, padding=1),
             nn.SiLU(),
-            nn.Conv2d(16, c_full, 3, padding=1))
+            nn.Conv2d(16, c_full, 1))
         self.mix = nn.Linear(c_emb, c_out * c_full)
 
     def forward(self, h, emb, *extra):
@@ -416,8 +415,10 @@ class Head(nn.Module):
         h = torch.cat([h, *extra], dim=1)                      # (B, 8 + extra, H, W)
         h = h + self.full(h)
 
+        # channels come last in memory, too
         weight = self.mix(emb).unflatten(1, (-1, h.shape[1]))  # (B, C, 8 + extra)
-        pixels = torch.bmm(weight, h.flatten(2))               # (B, C, H W)
+        by_pixel = h.permute(0, 2, 3, 1).flatten(1, 2)         # (B, H W, 8 + extra)
+        pixels = torch.bmm(by_pixel, weight.mT).mT             # (B, C, H W)
         return widened(pixels.unflatten(2, h.shape[2:]))
 
 
@@ -428,11 +429,12 @@ class Decoder(nn.Module):
         super().__init__()
         w = cfg.width
         side = cfg.image_size // 16
-        self.latent = nn.Sequential(mlp((1 + 2 * OCTAVES) * cfg.z_dim, 256, 256), nn.SiLU())
+        c_emb = 4 * w
+        self.latent = nn.Sequential(mlp((1 + 2 * OCTAVES) * cfg.z_dim, c_emb, c_emb), nn.SiLU())
 
         # from a coarse picture up to the stem's resolution
         c_in = 2 * w
-        layers = [nn.Linear(256, c_in * side**2),
+        layers = [nn.Linear(c_emb, c_in * side**2),
                   nn.SiLU(),
                   nn.Unflatten(1, (c_in, side, side))]
         for _ in range(cfg.halvings):
@@ -441,10 +443,10 @@ class Decoder(nn.Module):
                        nn.SiLU()]
             c_in = w
         self.net = nn.Sequential(*layers)
-        self.head = Head(c_in, 0, cfg.image_channels, 256, cfg.patch)
+        self.head = Head(c_in, 0, cfg.image_channels, c_emb, cfg.patch)
 
     def forward(self, z):
-        emb = self.latent(like_weights(fourier(z), self))      # (B, 256)
+        emb = self.latent(like_weights(fourier(z), self))      # (B, E)
         return self.head(self.net(emb), emb)
 
 
@@ -1119,7 +1121,6 @@ def read_checkpoint(path, device="cpu"):
         content = torch.load(path, map_location=device, weights_only=True)     # runs no code
         if content.get("format") != CHECKPOINT_FORMAT:
             raise ValueError(f"its format is {content.get('format')}, not {CHECKPOINT_FORMAT}")
-        content["config"] = {**FORMERLY, **content["config"]}
         json.dumps({**content["info"]})                        # a TypeError if not plain values
 
         with torch.device("meta"):                             # takes no memory

@@ -375,16 +375,19 @@ def restore(content, path, model, ema, optimizers):
 
 # ---- One step ----
 
-def stage(cfg, step):
-    """The step's number within its stage, the iVAE's or the U-Net's, and that stage's length."""
+def stage(cfg, step, begun=0):
+    """The step's number within its stage, the iVAE's or the U-Net's, and that stage's length.
+
+    begun: how many of the iVAE's first steps do not count.
+    """
     if step < cfg.ivae_steps or cfg.ivae_steps == cfg.steps:
-        return step, cfg.ivae_steps
+        return step - begun, cfg.ivae_steps - begun
     return step - cfg.ivae_steps, cfg.steps - cfg.ivae_steps
 
 
-def rate_share(cfg, step):
+def rate_share(cfg, step, begun=0):
     """Share of the peak learning rates: 100 steps of warm-up in each stage, times the schedule."""
-    k, n = stage(cfg, step)
+    k, n = stage(cfg, step, begun)
     return min(1.0, (k + 1) / 100) * idiff.SCHEDULES[cfg.schedule](k / n)
 
 
@@ -448,16 +451,20 @@ def train_step(cfg, model, ema, optimizers, batch, step):
 
     model may be wrapped for several ranks; ema, its averaged copy, never is.
     """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * rate_share(cfg, step)
-
     # at first the encoder and the prior learn alone, at the end the U-Net
     x, u, t, eps = batch
     settling = step < cfg.settle_steps
     n_rec = 0 if settling else cfg.rec_images
     if step >= cfg.ivae_steps:
         u, n_rec = None, 0
+
+    # the rate of Muon, whose weights begin to learn after settling, rises then
+    begun = 0 if settling else cfg.settle_steps
+    for optimizer in optimizers:
+        share = rate_share(cfg, step, begun if isinstance(optimizer, Muon) else 0)
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * share
+
     with torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
         terms = model(x, u, t, eps, n_rec // WORLD)
     loss, used = total_loss(terms, ema.weights(settling))
@@ -468,8 +475,8 @@ def train_step(cfg, model, ema, optimizers, batch, step):
     gradient_norm = clip_grad_norm_(model.parameters(), cfg.clip)
     for optimizer in optimizers:
         optimizer.step()
-    k, _ = stage(cfg, step)
-    average(ema, model, min(cfg.ema, (k + 1) / (k + 10)))                      # warm-up
+    k, _ = stage(cfg, step, begun)                         # the averages begin anew then, too
+    average(ema, model, min(cfg.ema, (k + 1) / (k + 10)))
     return {**used, "gradient norm": gradient_norm}
 
 
@@ -508,7 +515,7 @@ def fit_unmixing(prior, z, u, z_held, u_held, mixes=True, scales=True):
     b = torch.zeros(len(w), device=z.device, requires_grad=True)
     mask = torch.ones_like(one) if mixes else one
     minimise(lambda: -likelihood(w * mask, b, prior, z, u, scales).mean(),
-             [w, b, *prior.parameters()], steps=150)
+             [w, b, *prior.parameters()], steps=80)
     found = (w * mask).detach(), b.detach(), prior.requires_grad_(False)
     return found, likelihood(*found, z_held, u_held, scales)
 

@@ -354,7 +354,7 @@ def test_hacks_without_a_block(tiny_npz, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(idiff.SAMPLERS, "euler", sample_euler)
 
     shares = []
-    monkeypatch.setattr(train, "rate_share", lambda cfg, step: shares.append(step) or 0.0)
+    monkeypatch.setattr(train, "rate_share", lambda cfg, step, begun: shares.append(step) or 0.0)
 
     path = f"{tmp_path}/run/ckpt.pt"
     train.main([*TINY, "--data", tiny_npz, "--steps", "2", "--out", f"{tmp_path}/run"])

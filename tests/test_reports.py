@@ -39,20 +39,6 @@ def test_a_home_directory_is_expanded_wherever_a_path_is_given(tiny_npz, tmp_pat
     assert {"run", "frozen", "report", "drawn"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_checkpoint_of_before_goes_on_as_it_began(tiny_npz, tmp_path):
-    """Its Config lacks what was added since: its U-Net learned jointly, from samples."""
-    train.main([*TINY, "--data", tiny_npz, "--steps", "2", "--condition", "sample", "--unmix", "0",
-                "--out", str(tmp_path / "run")])
-    path = tmp_path / "run" / "ckpt.pt"
-    content = torch.load(path, weights_only=True)
-    for name in ("condition", "unet_share", "unmix"):
-        del content["config"][name]
-    torch.save(content, path)
-    cfg = idiff.load_checkpoint(path).cfg
-    assert (cfg.condition, cfg.unet_share, cfg.unmix) == ("sample", 0.0, 0)
-    train.main(["--resume", str(path), "--device", "cpu"])
-
-
 def test_a_run_resumed_through_a_link_goes_on_in_its_own_folder(tiny_npz, tmp_path):
     data = idiff.load_data(tiny_npz)
     cfg = train.recipe(data, steps=2, width=8, batch_size=4, latent_dim=3, model="ivae")

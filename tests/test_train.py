@@ -500,11 +500,31 @@ def test_each_stage_has_a_rate_that_rises_and_falls():
         assert train.rate_share(cfg, 2000 + step) == train.rate_share(unet, step)
 
 
+def test_the_rate_of_muons_weights_rises_when_they_begin_to_learn(tiny_npz, monkeypatch):
+    """Decoder and U-Net wait while the encoder settles; the encoder's own rate goes on falling.
+
+    Their averages begin anew there, or a share of their first weights would remain.
+    """
+    data = idiff.load_data(tiny_npz)
+    cfg = train.recipe(data, steps=2000, model="ivae", settle=0.4, batch_size=4, rec_images=2)
+    model, ema, optimizers = train.build(cfg, data.device)
+    adamw, muon = optimizers
+    decays, rates = [], []
+    monkeypatch.setattr(train, "average", lambda ema, model, decay: decays.append(decay))
+    for step in (800, 800 + 99, 800 + 600):
+        train.train_step(cfg, model, ema, optimizers, train.draw_batch(model, data, step), step)
+        rates.append((adamw.param_groups[0]["lr"] / cfg.lr, muon.param_groups[0]["lr"] / cfg.muon))
+    wave = [0.5 + 0.5 * math.cos(math.pi * x) for x in (800 / 2000, 899 / 2000, 0.7)]
+    late = [0.5 + 0.5 * math.cos(math.pi * x) for x in (0, 99 / 1200, 0.5)]
+    assert rates == [pytest.approx((a, b * up)) for a, b, up in zip(wave, late, (0.01, 1, 1))]
+    assert decays == [1 / 10, 100 / 109, 601 / 610]
+
+
 def test_the_unets_steps_come_on_top_of_the_epochs(shapes3d):
     cfg = train.recipe(shapes3d)
-    assert cfg.ivae_steps == train.recipe(shapes3d, model="ivae").steps == 5625
-    assert cfg.steps == 8437 and cfg.epochs == 1.5
-    assert train.recipe(shapes3d, steps=90).ivae_steps == 60
+    assert cfg.ivae_steps == train.recipe(shapes3d, model="ivae").steps == 5100
+    assert cfg.steps == 6800 and cfg.epochs == 1.36
+    assert train.recipe(shapes3d, steps=80).ivae_steps == 60
 
 
 def test_a_run_resumed_in_the_unets_stage_ends_as_if_undisturbed(tiny_npz, tmp_path, monkeypatch):
