@@ -108,7 +108,7 @@ class Config:
     batch_size: int = option(128, "images per step, all of which are encoded", least=1)
     rec_images: int = option(32, "images of each batch that are decoded; 0 for all")
     ddpm_images: int = option(24, "images of each batch that the U-Net sees; 0 for all")
-    epochs: float = option(1.36, "length of the iVAE's training, in epochs of 480,000 draws")
+    epochs: float = option(1.5, "length of the iVAE's training, in epochs of 480,000 draws")
     steps: int = option(0, "number of optimiser steps in all; 0: set by --epochs")
     lr: float = option(2e-3, "peak learning rate of AdamW")
     muon: float = option(0.03, "learning rate of Muon, for matrices of decoder and U-Net; 0: AdamW")

@@ -522,8 +522,8 @@ def test_the_rate_of_muons_weights_rises_when_they_begin_to_learn(tiny_npz, monk
 
 def test_the_unets_steps_come_on_top_of_the_epochs(shapes3d):
     cfg = train.recipe(shapes3d)
-    assert cfg.ivae_steps == train.recipe(shapes3d, model="ivae").steps == 5100
-    assert cfg.steps == 6800 and cfg.epochs == 1.36
+    assert cfg.ivae_steps == train.recipe(shapes3d, model="ivae").steps == 5625
+    assert cfg.steps == 7500 and cfg.epochs == 1.5
     assert train.recipe(shapes3d, steps=80).ivae_steps == 60
 
 
