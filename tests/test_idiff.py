@@ -567,7 +567,7 @@ def test_the_contrast_finds_the_factors_of_a_learned_prior_where_the_elbo_does_n
     codes, _, factors = train_ivae(**learned, contrast=1.0)
     assert evaluate.mcc(codes, factors) > 0.9 and evaluate.mig(codes, factors) > 0.4
     codes, _, factors = train_ivae(**learned)
-    assert evaluate.mcc(codes, factors) < 0.8 and evaluate.mig(codes, factors) < 0.2
+    assert evaluate.mcc(codes, factors) < 0.8 and evaluate.mig(codes, factors) < 0.1
 
 
 # ---- checkpoints ----
