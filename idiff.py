@@ -415,7 +415,7 @@ class Head(nn.Module):
         h = torch.cat([h, *extra], dim=1)                      # (B, 8 + extra, H, W)
         h = h + self.full(h)
 
-        # channels come last in memory, too
+        # mix the channels of each pixel, which in training lie side by side in memory
         weight = self.mix(emb).unflatten(1, (-1, h.shape[1]))  # (B, C, 8 + extra)
         by_pixel = h.permute(0, 2, 3, 1).flatten(1, 2)         # (B, H W, 8 + extra)
         pixels = torch.bmm(by_pixel, weight.mT).mT             # (B, C, H W)
