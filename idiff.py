@@ -1494,8 +1494,10 @@ def read_file(path, device):
             for key, name in KEYS.items():
                 if key in file:
                     arrays[name] = np.asarray(file[key])
-    except (MemoryError, ImportError) as error:
-        raise type(error)(f"'{path}' cannot be used as data: {error}") from None
+    except ImportError as error:
+        raise ImportError(f"'{path}' cannot be used as data: {error}") from None
+    except MemoryError as error:       # NumPy's own kind takes other arguments
+        raise MemoryError(f"'{path}' cannot be used as data: {in_one_line(error)}") from None
     except Exception:                  # zip, h5 and numpy raise many kinds
         raise ValueError(f"'{path}' cannot be used as data: it is not an .npz or .h5 file of "
                          "arrays of numbers, or is damaged. Save it with np.savez.") from None
@@ -1697,8 +1699,11 @@ def fingerprint(*arrays):
 # ---- Scripts: errors, bars, folders, tables and pictures ----
 
 def in_one_line(error):
-    """What an error says, in at most 400 characters; "stopped" if that is nothing (Ctrl-C)."""
-    return " ".join(str(error).split())[:400] or "stopped"
+    """What an error says, in at most 400 characters; if that is nothing, its kind."""
+    text = " ".join(str(error).split())[:400]
+    if isinstance(error, KeyboardInterrupt):
+        return text or "stopped"
+    return text or type(error).__name__
 
 
 @contextmanager
@@ -1725,7 +1730,7 @@ def script(name, less):
         except (KeyboardInterrupt, ImportError, OSError, ValueError, MemoryError,
                 RuntimeError) as error:
             text = in_one_line(error)
-            if "allocate" in text:                             # both torch and numpy say so
+            if "allocate" in text or text == "MemoryError":    # torch and NumPy say allocate
                 text = f"out of memory: {text}. Free some, or try a smaller {less}."
             elif isinstance(error, RuntimeError) or sys.flags.dev_mode:
                 raise                                          # python -X dev: with a traceback

@@ -204,6 +204,14 @@ def test_ctrl_c_is_one_line_and_warnings_stay_the_hosts(runs, monkeypatch):
     assert end.value.code == "evaluate.py: stopped" and warnings.filters == filters
 
 
+def test_full_memory_is_one_line_even_if_the_error_is_empty(runs, monkeypatch):
+    def full(*_):
+        raise MemoryError
+    monkeypatch.setattr(evaluate, "encode", full)
+    with pytest.raises(SystemExit, match="^evaluate.py: out of memory: .*--n"):
+        evaluate.main([str(runs[0])])
+
+
 def test_more_images_than_there_are(runs):
     evaluate.main([str(runs[0]), "--n", "9999", "--no-dci"])
     assert json.loads((runs[0].parent / "metrics.json").read_text())["n"] == 240

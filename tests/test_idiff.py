@@ -1356,6 +1356,18 @@ def test_data_larger_than_memory_give_one_line(tmp_path):
     assert str(path) in one_line(error)
 
 
+def test_memory_that_numpy_cannot_have_gives_one_line(tmp_path, monkeypatch):
+    """Where the system does not tell how much is free, NumPy finds out; its error is its own."""
+    import h5py
+    path = tmp_path / "larger.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("images", (10**12, 64, 64, 3), np.uint8, chunks=(16, 64, 64, 3))
+    monkeypatch.setattr(idiff, "check_memory", lambda *_: None)
+    with pytest.raises(MemoryError) as error:
+        idiff.load_data(str(path))
+    assert str(path) in one_line(error) and "allocate" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["no_such.h5", "shapes4d", "."])
 def test_missing_data_is_named(name):
     with pytest.raises((FileNotFoundError, ValueError)) as error:
