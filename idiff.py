@@ -1164,7 +1164,10 @@ def data_of(info, path, device="cpu", data=None, load=None):
 
     # resized as they were then
     load = load or load_data
-    return load(data, device, info.get("image_size"), info.get("factor_sizes"))
+    try:
+        return load(data, device, info.get("image_size"), info.get("factor_sizes"))
+    except ValueError as error:
+        raise ValueError(f"data of '{path}': {error}") from None
 
 
 def open_checkpoint(path, device="cpu", data=None, load=None):

@@ -611,6 +611,13 @@ def test_data_are_found_beside_the_checkpoint_and_else_both_are_named(tmp_path, 
     text = str(error.value)
     assert "--data" in text and str(path) in text and data in text and "\n" not in text
 
+    # another file has taken its place: both are named, too
+    (tmp_path / "grid.npz").write_text("not an archive")
+    with pytest.raises(SystemExit) as error:
+        evaluate.main([str(path), "--n", "60", "--no-dci"])
+    text = str(error.value)
+    assert str(path) in text and data in text and "\n" not in text
+
 
 def test_other_data_than_trained_on_are_told_in_a_line_and_never_share_a_column(tmp_path, capsys):
     data = small_grid(tmp_path / "grid.npz")
