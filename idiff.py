@@ -120,7 +120,7 @@ class Config:
 
     # These are read off the data. Only the size is a flag: stored pictures are resized to it.
     image_size: int = option(64, "side in pixels to which pictures of a folder or file are resized",
-                             least=16)
+                             least=16, below=65536)
     image_channels: int = option(3, "", least=1)
     n_factors: int = option(6, "")
     n_u: int = option(0, "")
@@ -1166,7 +1166,7 @@ def data_of(info, path, device="cpu", data=None, load=None):
     load = load or load_data
     try:
         return load(data, device, info.get("image_size"), info.get("factor_sizes"))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:                   # what info says may be damaged
         raise ValueError(f"data of '{path}': {error}") from None
 
 
@@ -1325,9 +1325,9 @@ class Data:
         self.source = {}                                       # what load_data was given
 
         _, height, width = image_shape
-        if height != width or height % 16:
+        if height != width or height % 16 or not 0 < height < 65536:
             raise ValueError(f"images of {name} are {height} x {width} pixels; they must be "
-                             "squares with a side that is a multiple of 16.")
+                             "squares with a side that is a multiple of 16, below 65536.")
 
         # a row of the full grid has the number sum of index * stride
         self.sizes = torch.tensor(self.factor_sizes, dtype=torch.int64, device=device)

@@ -166,6 +166,14 @@ def test_a_checkpoint_that_does_not_name_its_data_is_not_resumed(run, tiny_npz):
     argv = ["--resume", path, "--device", "cpu", "--data", tiny_npz]
     assert "unnamed" in refusal(train.main, argv)
 
+@pytest.mark.parametrize("info", [{"image_size": 16 * 10**9}, {"image_size": -16},
+                                  {"image_size": 3}, {"factor_sizes": "1.5"}, {"data_arg": "/"}])
+def test_what_a_checkpoint_says_of_its_data_may_be_damaged(run, info):
+    """One line, which names the checkpoint."""
+    path = change(run, info={**read_checkpoint(run / "ckpt.pt")["info"], **info})
+    for main, argv in ((train.main, ["--resume", path]), (evaluate.main, [path, "--no-dci"])):
+        assert str(path) in refusal(main, [*argv, "--device", "cpu"])
+
 def test_a_checkpoint_made_in_python_goes_on(run, capsys):
     """It says nothing of size and method, which are words of the command line."""
     info = read_checkpoint(run / "ckpt.pt")["info"]

@@ -1012,7 +1012,8 @@ def test_images_alone_train_a_vae_and_nothing_else(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, word", [
     (["--prior", "known"], "prior 'full'"),
-    (["--image-size", "20"], "multiple of 16"), (["--u", "mean+var"], "u 'mean+var'")])
+    (["--image-size", "20"], "multiple of 16"),
+    (["--image-size", "1600000000"], "65536"), (["--u", "mean+var"], "u 'mean+var'")])
 def test_what_does_not_go_with_own_u_is_refused(tmp_path, capsys, flags, word):
     path = write_own(tmp_path / "a.npz", u=np.arange(40.0))
     assert word in refusal([*TINY, "--data", path, *flags, "--out", str(tmp_path / "run")], capsys)
