@@ -79,7 +79,7 @@ def test_u_that_tells_nothing_is_not_accepted():
     ((3.5, 9.0), 1, True), ((2.5, 9.0), 1, False), ((9.0, 2.5), 1, False), ((2.5, 9.0), 4, False),
     ((-9.0, 9.0), 1, False)])
 def test_each_gain_must_exceed_three_errors(monkeypatch, gains, copies, accepted):
-    """Over a fit without mixing, and over one without scales. An image drawn again tells no more."""
+    """Over a fit without mixing, and over one without scales. An image drawn again counts once."""
     noise = torch.linspace(-1, 1, 101).repeat(copies)
     by_mixing, by_scales = (noise / noise.std() + gain / 101**0.5 for gain in gains)
 
