@@ -532,6 +532,25 @@ def test_codes_of_values_are_medians_and_lie_between_them():
     assert found.tolist() == [1, -4, 8, -1.5]
 
 
+def test_codes_are_recombined_and_set_by_the_values_that_they_come_with():
+    """Shuffled latents keep the codes of some row, set ones get the median of its value."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, (300, 2))
+    noise = rng.uniform(-0.4, 0.4, (300, 3))
+    codes = noise + np.stack([10 * y[:, 1], y[:, 0], 0 * y[:, 0]], axis=1)
+    kinds = evaluate.recombined(codes, y, 200, seed=0)
+    assert (kinds["redrawn"][0] == codes[:200]).all() and (kinds["redrawn"][1] == y[:200]).all()
+
+    (shuffled, wanted), (moved, of_set) = kinds["shuffled"], kinds["set"]
+    assert all(np.isin(shuffled[:, i], codes[:, i]).all() for i in range(3))
+    assert (shuffled.round()[:, :2] == wanted[:, ::-1] * [10, 1]).all() and (wanted == of_set).all()
+    assert len(np.unique(shuffled[:, 0])) > 50 and len(np.unique(moved[:, 0])) == 3
+    for value in range(3):
+        median = np.median(codes[y[:, 1] == value, 0])
+        assert moved[wanted[:, 1] == value, 0] == pytest.approx(median)
+    assert (moved[:, 2] == shuffled[:, 2]).all()           # it matches no factor
+
+
 @pytest.mark.parametrize("model", ["ivae", "idiff"])
 def test_generate_flag(tmp_path, capsys, monkeypatch, small_classifier, model):
     """A partial grid with a constant factor; all that was named is reported and repeats."""

@@ -170,6 +170,19 @@ def test_samples_are_images_and_repeat(sampler):
     assert torch.equal(first, second)
 
 
+def test_a_head_draws_each_feature_where_it_lies():
+    """A change at the upper right shows there; so does one of an extra channel."""
+    torch.manual_seed(0)
+    head = idiff.Head(4, 1, 3, 5, patch=4)
+    h, emb, extra = torch.randn(1, 4, 4, 4), torch.randn(1, 5), torch.randn(1, 1, 16, 16)
+    changed, other = h.clone(), extra.clone()
+    changed[..., 0, 3] += 1
+    other[..., 0, 15] += 1
+    for inputs, reach in (((changed, emb, extra), 9), ((h, emb, other), 2)):
+        shown = (head(*inputs) - head(h, emb, extra))[0].abs().amax(dim=0) > 1e-6      # (16, 16)
+        assert shown[0, 15] and not shown[reach:].any() and not shown[:, :16 - reach].any()
+
+
 @pytest.mark.parametrize("x", [torch.zeros(2, 1, 16, 16), torch.zeros(2, 3, 32, 32),
                                torch.zeros(3, 16, 16)])
 def test_encode_names_the_shape_it_wants(x):
@@ -421,6 +434,23 @@ def test_networks_receive_the_noised_images_their_times_and_their_latents():
     torch.testing.assert_close(seen[2][1:], means[1:], atol=1e-6, rtol=0)   # the first is moved
 
 
+def test_every_fourth_code_is_moved_by_half_of_its_latents_spread():
+    """Latents of spread 1 and 100. The others stay, and so does the decoder's image of each."""
+    mean = torch.randn(800, 2, generator=rng()) * torch.tensor([1.0, 100.0])
+    seen = []
+    model = stub(unet=lambda *inputs: seen.extend(inputs) or 0 * inputs[0],
+                 decoder=lambda z: z[:, :1, None, None] * torch.ones(3, 16, 16))
+    model.encoder = Call(lambda x: Gaussian(mean.clone(), 0 * mean))
+    x = torch.zeros(800, 3, 16, 16)
+    torch.manual_seed(0)
+    model(x, torch.zeros(800, 2), torch.full((800,), 0.5), x)
+    _, _, z, x_hat = seen
+    moved = (z - mean) / mean.std(dim=0)
+    assert moved.any(dim=1).nonzero().flatten().tolist() == list(range(0, 800, 4))
+    assert moved[::4].std(dim=0).tolist() == pytest.approx([0.5, 0.5], abs=0.08)
+    assert torch.equal(x_hat[:, 0, 0, 0], mean[:, 0])
+
+
 def test_latent_is_drawn_with_the_encoders_own_mean_and_variance():
     model = stub(decoder=lambda z: seen.append(z) or torch.zeros(len(z), 3, 16, 16))
     mu, none = torch.full((4, 4000), 2.0), torch.zeros(0)
@@ -494,6 +524,15 @@ def test_a_residual_network_sees_the_offset_at_unit_size_and_no_unknown_time():
         offset, told, _, _ = seen[-1]
         assert offset.std().item() == pytest.approx(1, abs=0.05)
         torch.testing.assert_close(told, t.clamp(max=0.4761), atol=1e-4, rtol=1e-3)
+
+
+def test_a_residual_of_1_is_the_posteriors_standard_deviation():
+    """That of x given x_hat and x_t: so the residual that is to be learned has unit size."""
+    x, _, t, eps = a_step()
+    x_t, alpha, sigma = noised(x, t, eps)
+    x_0, more = (residual_stub(out, 0.0).denoise(x_t, t, None, x) for out in (0.0, 1.0))
+    wanted = (1 / 0.2 ** 2 + (alpha / sigma) ** 2) ** -0.5
+    torch.testing.assert_close(more - x_0, wanted.expand_as(x), atol=1e-5, rtol=1e-4)
 
 
 def test_a_shut_gate_leaves_the_decoders_image():
@@ -811,6 +850,28 @@ def test_draw_from_an_incomplete_grid_follows_u_where_it_can():
     p /= p.sum(axis=1, keepdims=True)
     excess = np.bincount(rows.numpy(), minlength=3) - p.sum(axis=0)
     assert np.abs(excess / np.sqrt((p * (1 - p)).sum(axis=0))).max() < 4.5
+
+
+def test_a_draw_from_a_large_grid_with_gaps_is_the_full_grids_where_that_exists():
+    """More than 2,000 combinations, in any order: where one is missing, its second factor alone
+    takes another value."""
+    sizes = (13, 14, 15)
+    grid = tiny_data(sizes=sizes)
+    kept = grid.factors(torch.randperm(len(grid), generator=rng(1)))
+    kept = kept[(kept[:, 0] != 2) | (kept[:, 1] != 3)]
+    gaps = tiny_data(kept, sizes=sizes)
+    assert len(gaps) == len(gaps.distinct) == 13 * 14 * 15 - 15
+
+    drawn, found = (data.factors(data.draw(20_000, rng(2))[0]) for data in (grid, gaps))
+    missing = (drawn[:, 0] == 2) & (drawn[:, 1] == 3)
+    assert missing.any() and torch.equal(found[~missing], drawn[~missing])
+    assert torch.equal(found[missing][:, [0, 2]], drawn[missing][:, [0, 2]])
+    assert (found[missing, 1] != 3).all()
+
+
+def test_a_factor_of_more_than_1000_values_is_not_modulated():
+    for n, varied in ((1000, [0, 1]), (1001, [])):
+        assert tiny_data(sizes=(n, 2)).varied.tolist() == varied
 
 
 # ---- embedded replicas ----

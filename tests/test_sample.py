@@ -200,6 +200,9 @@ def test_shuffled_latents_are_each_another_images(tiny_npz, monkeypatch):
     other, *_ = interpolate.draw_codes(None, data, 500, seed=1)
     assert torch.equal(z, again) and not torch.equal(z, other)
 
+    # 500 = 20 * 24 + 20: no real image is shown once more before all others are
+    assert set(torch.bincount(rows, minlength=24).tolist()) == {20, 21}
+
 
 def test_a_factor_is_set_and_the_other_latents_stay(tiny_npz, monkeypatch):
     data = idiff.load_data(tiny_npz)
@@ -247,20 +250,35 @@ def test_new_images_are_drawn_and_written(tiny_run, tmp_path, drawn):  # noqa: F
         torch.testing.assert_close(shown, images[1, k], atol=1 / 127, rtol=0)
 
 
+def test_each_new_image_has_noise_of_its_own(tiny_npz, tmp_path):
+    """Also where z is one and the same; image k is the first one of seed + k."""
+    model, data = idiff.open_checkpoint(write_checkpoint(tmp_path / "ckpt.pt", tiny_npz))
+    rows = torch.arange(3)
+    images, *_ = interpolate.draw_new(model, data, torch.zeros(3, 3), rows, steps=2, seed=5)
+    by_decoder, by_diffusion, real = images.unflatten(0, (3, 3))
+    assert torch.equal(real, data.images(rows))
+    for k in range(3):
+        alone, *_ = interpolate.draw_new(model, data, torch.zeros(1, 3), rows[:1], 2, seed=5 + k)
+        torch.testing.assert_close(by_diffusion[k], alone[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(by_decoder[0], by_decoder[1])
+    assert (by_diffusion[0] - by_diffusion[1]).abs().max() > 0.1
+
+
 def test_new_images_like_a_row_have_its_u(classes_npz, tmp_path, drawn):  # noqa: F811
     """So have the real ones beside them; by default a row is drawn for each class."""
     path = write_checkpoint(tmp_path / "ckpt.pt", classes_npz, u="own", n_u=3, n_factors=0)
     data = idiff.load_data(classes_npz)
-    interpolate.main([path, *FAST, "--sample", "4", "--like", "7", "--out", str(tmp_path)])
-    new = np.load(tmp_path / "sample-4.npz")
+    interpolate.main([path, *FAST, "--sample", "2", "--like", "7", "--out", str(tmp_path)])
+    new = np.load(tmp_path / "sample-2.npz")
     assert np.allclose(new["u"], data.u[7].numpy())
-    real = drawn["sample.png"][0][-1]
+    _, by_diffusion, real = drawn["sample.png"][0]
     assert (real == data.images(torch.tensor([1]))[0]).all()           # 1 and 7 are of one class
 
     interpolate.main([path, *FAST, "--out", str(tmp_path)])
     images, rows, columns = drawn["classes.png"]
     assert rows == ["u of row 0", "u of row 1", "u of row 2"] and columns == ["real", "new", ""]
     assert torch.equal(images[:, 0], data.images(torch.arange(3)))
+    torch.testing.assert_close(images[1, 1:], by_diffusion)
 
 
 def test_a_given_image_gets_a_factors_value(tiny_run, tmp_path, drawn, monkeypatch):  # noqa: F811

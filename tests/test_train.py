@@ -520,6 +520,30 @@ def test_the_rate_of_muons_weights_rises_when_they_begin_to_learn(tiny_npz, monk
     assert decays == [1 / 10, 100 / 109, 601 / 610]
 
 
+def test_a_batch_holds_what_its_stage_needs(shapes3d):
+    """Times and noise for the U-Net alone; where it learns alone, no image that it does not see."""
+    cfg = small_cfg(steps=10, settle=0.5, unet_share=0.4)
+    model = idiff.IDiff(cfg)
+    counts = []
+    for step in (0, 5, 6, 9):
+        counts.append([len(part) for part in train.draw_batch(model, shapes3d, step)])
+    assert counts == 2 * [[8, 8, 0, 0]] + 2 * [[4, 4, 4, 4]]
+
+
+def test_categories_sharpen_until_the_ivae_stands_still(tiny_npz, tmp_path, monkeypatch):
+    """The temperature falls from 1 to 0.3 while the iVAE learns, and stays there."""
+    temperatures = []
+    step = train.train_step
+
+    def recorded(cfg, model, *args):
+        temperatures.append(model.encoder.temperature)
+        return step(cfg, model, *args)
+    monkeypatch.setattr(train, "train_step", recorded)
+    train.main([*TINY, "--data", tiny_npz, "--latent", "gumbel", "--categories", "3",
+                "--unet-share", "0.34", "--steps", "6", "--out", str(tmp_path)])
+    assert temperatures == pytest.approx([0.3**share for share in (0, 0.25, 0.5, 0.75, 1, 1)])
+
+
 def test_the_unets_steps_come_on_top_of_the_epochs(shapes3d):
     cfg = train.recipe(shapes3d)
     assert cfg.ivae_steps == train.recipe(shapes3d, model="ivae").steps == 5625

@@ -5,6 +5,7 @@
 """
 import json
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -33,9 +34,14 @@ def segments(equal_scales=False, n_segments=8, d=3):
 
 
 def unmixed(z, u):
+    """What unmix finds; the prior that it starts from stays, for it may be gone on with."""
     cfg = idiff.Config(latent_dim=z.shape[1], u="own", n_u=u.shape[1], n_factors=0)
     torch.manual_seed(0)
-    return train.unmix(idiff.FullPrior(cfg), z[:N], u[:N], z[N:], u[N:])
+    prior = idiff.FullPrior(cfg)
+    before = [p.clone() for p in prior.parameters()]
+    result = train.unmix(prior, z[:N], u[:N], z[N:], u[N:])
+    assert all(map(torch.equal, before, prior.parameters()))
+    return result
 
 
 def test_variances_that_differ_by_segment_fix_the_axes():
@@ -67,6 +73,25 @@ def test_u_that_tells_nothing_is_not_accepted():
     z = torch.randn(N + 4000, 3, generator=torch.Generator().manual_seed(0))
     u = torch.randn(N + 4000, 5, generator=torch.Generator().manual_seed(1))
     assert unmixed(z, u)[0] is None
+
+
+@pytest.mark.parametrize("gains, copies, accepted", [
+    ((3.5, 9.0), 1, True), ((2.5, 9.0), 1, False), ((9.0, 2.5), 1, False), ((2.5, 9.0), 4, False),
+    ((-9.0, 9.0), 1, False)])
+def test_each_gain_must_exceed_three_errors(monkeypatch, gains, copies, accepted):
+    """Over a fit without mixing, and over one without scales. An image drawn again counts once."""
+    noise = torch.linspace(-1, 1, 101).repeat(copies)
+    by_mixing, by_scales = (noise / noise.std() + gain / 101**0.5 for gain in gains)
+
+    def fit(prior, z, u, z_held, u_held, mixes=True, scales=True):
+        if mixes and scales:
+            return "found", torch.zeros_like(noise)
+        return "other", -by_scales if mixes else -by_mixing
+    monkeypatch.setattr(train, "fit_unmixing", fit)
+    z_held = torch.randn(101, 2, generator=torch.Generator().manual_seed(0)).repeat(copies, 1)
+    found, told = train.unmix(None, None, None, z_held, None)
+    assert told["accepted"] == accepted and found == ("found" if accepted else None)
+    assert told["gain in errors"] == pytest.approx(min(gains), rel=0.01)
 
 
 @pytest.mark.parametrize("model", ["ours", "another net"])
@@ -124,13 +149,22 @@ def test_both_weights_take_it_and_the_optimiser_forgets(own):
         train.train_step(cfg, model, ema, optimizers, train.draw_batch(model, data, step), step)
     x = data.images(torch.arange(9))
     before = ema.encode(x)[0].detach()
+    codes = ema.encode(data.images(torch.arange(240)))[0].detach()
+
+    def accepted_for_the_average(prior, z, u, *held):
+        assert prior is ema.prior and torch.cdist(z, codes).min(dim=1).values.max() < 1e-4
+        found, told = accepted(deepcopy(prior), z)
+        torch.nn.init.ones_(found[2].linear.bias)
+        return found, told
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "unmix", accepted)
+        patch.setattr(train, "unmix", accepted_for_the_average)
         train.unmix_model(model, ema, optimizers[0], data, step=3)
     turned = before * torch.tensor([-1.0, 1.0, 1.0])
     torch.testing.assert_close(ema.encode(x)[0], turned)
     torch.testing.assert_close(model.encode(x)[0], turned)
     assert not optimizers[0].state
+    assert same(ema.prior.state_dict(), model.prior.state_dict())
+    assert (model.prior.linear.bias == 1).all()
 
 
 def test_a_run_resumed_before_it_ends_as_if_undisturbed(own, tmp_path, monkeypatch):
@@ -156,6 +190,17 @@ def test_a_run_resumed_before_it_ends_as_if_undisturbed(own, tmp_path, monkeypat
 
 # ---- rows held out ----
 
+
+def test_codes_that_judge_a_fit_are_not_those_that_it_was_made_of(tiny_npz):
+    """Also where u is drawn, so that no row is held out; both draws repeat."""
+    data = idiff.load_data(tiny_npz)
+    cfg = train.recipe(data, steps=10, width=8, batch_size=20, latent_dim=3, model="ivae")
+    model, *_ = train.build(cfg, data.device)
+    z, u, z_held, u_held = train.draw_to_fit(model, data, step=9, most=150)
+    assert z.shape == (150, 3) and z_held.shape == (180, 3)
+    assert not torch.isin(u, u_held).any()
+    again = train.draw_to_fit(model, data, step=9, most=150)
+    assert all(map(torch.equal, again, (z, u, z_held, u_held)))
 
 def test_rows_held_out_are_the_datas_own_and_never_trained_on(own):
     data, again = idiff.load_data(own), idiff.load_data(own)
@@ -205,3 +250,13 @@ def test_the_log_shows_it_at_every_save(own, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "trained", data.trained[:0])
         assert train.held_out_contrast(model, data) == pytest.approx(shown[8])
+
+
+def test_the_held_out_contrast_is_one_of_batches_as_in_training(own, monkeypatch):
+    """Where z tells u apart it is the bound of a batch of 16, not that of all draws."""
+    data = idiff.load_data(own)
+    model, *_ = train.build(train.recipe(data, model="ivae", steps=2, batch_size=16), data.device)
+    monkeypatch.setattr(train, "draw_codes", lambda model, data, n, held_out:
+                        2 * [100.0 * torch.arange(n)[:, None]])
+    monkeypatch.setattr(model.prior, "forward", lambda u: idiff.Gaussian(u, 0 * u))
+    assert train.held_out_contrast(model, data) == pytest.approx(-math.log(16))

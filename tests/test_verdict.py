@@ -89,6 +89,15 @@ def test_of_many_runs_each_latent_has_its_least_agreement():
     json.dumps(found, allow_nan=False)
 
 
+def test_only_pairs_with_the_first_run_tell_of_its_latents():
+    """Two others that are noisy, each by itself, agree least with each other."""
+    z = normal(300, 1)
+    found = evaluate.agreement([z, *(z + normal(300, 1, seed=k) for k in (1, 2))])
+    first, second, of_others = (pair["agreement"] for pair in found["pairs"])
+    assert found["least"] == of_others < min(first, second)
+    assert found["per_latent"] == pytest.approx([min(first, second)])
+
+
 @pytest.mark.parametrize("codes", [[normal(9, 2)], [normal(9, 2), normal(8, 2)],
                                    [normal(9, 2), np.full((9, 2), np.nan)]],
                          ids=("one", "rows", "nan"))
@@ -182,6 +191,16 @@ def test_two_directions_of_known_condition():
     assert found["condition"] == pytest.approx(math.sqrt(1.8 / 0.2))
 
 
+@pytest.mark.parametrize("ratio, rank", [(0.02, 2), (0.005, 1)])
+def test_a_direction_below_a_hundredth_of_the_largest_does_not_count(ratio, rank):
+    """Of the square's corners again: for this r the ratio is sqrt((1 - r) / (1 + r))."""
+    r = (1 - ratio**2) / (1 + ratio**2)
+    x, y = torch.tensor([[-1.0, -1, 1, 1], [-1, 1, -1, 1]], dtype=torch.float64)
+    precision = torch.stack([5 + x, 5 + r * x + (1 - r * r)**0.5 * y], dim=1)
+    p = Normal(torch.zeros(4, 2).double(), precision**-0.5)
+    assert evaluate.identifiable(p, zero_means=True)["rank"] == rank
+
+
 # ---- reports ----
 
 
@@ -199,13 +218,13 @@ def write_data(path, seed=0, **arrays):
 class Exact:
     """A model whose z are the first two pixels of an image, and whose p(z|u) is the data's own."""
 
-    def __init__(self, data, std=0.1):
+    def __init__(self, data, std=0.1, q_std=1e-4):
         self.cfg = Config(model="ivae", u="own", latent_dim=2, image_size=16, image_channels=1,
                           n_factors=0, n_u=5)
-        self.info, self.unet, self.std = {}, None, std
+        self.info, self.unet, self.std, self.q_std = {}, None, std, q_std
 
     def encoder(self, x):
-        return Gaussian(x[:, 0, 0, :2], torch.full((len(x), 2), -20.0))
+        return Gaussian(x[:, 0, 0, :2], torch.full((len(x), 2), 2 * math.log(self.q_std)))
 
     def encode(self, x):
         return self.encoder(x).code()
@@ -253,6 +272,31 @@ def test_a_prior_that_is_too_wide_shows_in_the_fit(tmp_path):
     data = write_data(tmp_path / "a.npz")
     right, wide = (evaluate.report(Exact(data, std), data)["prior"] for std in (0.1, 0.2))
     assert 2 * np.array(wide["fit_std"]) == pytest.approx(right["fit_std"], rel=1e-3)
+
+
+def test_noise_of_q_shows_in_the_fit_and_not_in_what_means_tell(tmp_path):
+    """Variances add up: that of p(z|u), 0.1^2, is the unit."""
+    data = write_data(tmp_path / "a.npz")
+    right, noisy = (evaluate.report(Exact(data, q_std=s), data)["prior"] for s in (1e-4, 0.3))
+    wanted = np.sqrt(np.square(right["fit_std"]) + 9)
+    assert noisy["fit_std"] == pytest.approx(wanted, rel=0.25)
+    assert noisy["information"] == pytest.approx(right["information"])
+
+
+def test_a_modulated_draw_is_judged_by_its_own_u(tmp_path):
+    """z is the value of each factor: within the scale about the centre that the draw's u tells."""
+    y = np.stack(np.unravel_index(np.arange(400), (20, 20)), axis=1)
+    images = np.full((400, 16, 16), 0.5)
+    images[:, 0, :2] = y / 19
+    model = Exact(write_data(tmp_path / "a.npz", images=images, u=np.zeros((400, 0)), factors=y))
+    model.cfg = Config(model="ivae", latent_dim=2, image_size=16, image_channels=1, n_factors=2)
+
+    def prior(u):
+        told = model.cfg.kind_of_u.unpack(u)
+        return Normal(told["centre"], told["log_scale"].exp())
+    model.prior = prior
+    found = evaluate.report(model, load_data(str(tmp_path / "a.npz")), trees=False)["prior"]
+    assert found["fit_mean"] == pytest.approx([0, 0], abs=0.2) and max(found["fit_std"]) < 1
 
 
 def write_checkpoint(folder, path, **changes):
