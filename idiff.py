@@ -119,8 +119,8 @@ class Config:
     seed: int = option(0, "seed of weights, data and noise", below=2**62)
 
     # These are read off the data. Only the size is a flag: stored pictures are resized to it.
-    image_size: int = option(64, "side in pixels to which pictures of a folder or file are resized",
-                             least=16, below=65536)
+    image_size: int = option(64, "side in pixels to which pictures are resized; a file's, "
+                             "if not given, to the next multiple of 16", least=16, below=65536)
     image_channels: int = option(3, "", least=1)
     n_factors: int = option(6, "")
     n_u: int = option(0, "")

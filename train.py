@@ -1117,7 +1117,8 @@ def start(args):
 
 
 def main(argv=None):
-    """Run the command line. Returns {"out": folder, "validation": ELBO and its terms, ...}."""
+    """Run the command line. Returns {"out": folder, "validation": ELBO and its terms}, and of a
+    search {"out": folder}."""
     with idiff.script("train.py", "--batch-size"):
         args = build_parser().parse_args(argv)
         try:
