@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import idiff
-from evaluate import (as_arrays, codes_of_values, entropies, information, match,
+from evaluate import (as_arrays, codes_of_values, different, entropies, information, match,
                       mutual_information, render)
 from idiff import drawing
 
@@ -123,10 +123,9 @@ def choose(wanted, names):
     if not wanted:
         return names
     # "3", "z3" and "scale" all mean "z3 · scale"
-    known = {}
+    known = {str(i): i for i in names}
     for i, name in names.items():
-        for key in (str(i), *name.split(" · ")):
-            known[key] = i
+        known.update(dict.fromkeys(name.split(" · "), i))      # a factor may be called "3", too
 
     # in the order in which they are asked for
     chosen = {}
@@ -152,8 +151,10 @@ def with_values(z, values, data, known):
         chosen = choose([name], names)
         [(i, label)] = chosen.items()
         factor = label.split(" · ")[-1]
-        if factor not in data.factor_names:
-            raise ValueError(f"'{label}' matches no factor, so none of its codes has a value.")
+        another = name in data.factor_names and name != factor
+        if another or factor not in data.factor_names:
+            raise ValueError(f"'{name}' names no latent that matches a factor, so none of its "
+                             "codes has a value.")
         k = data.factor_names.index(factor)
         index = data.factors(rows)[:, k].cpu()
         seen = data.values[k][index]                           # (N,)
@@ -309,7 +310,9 @@ def draw_codes(model, data, n, how="shuffled", like=None, values=None, seed=0):
     if values:
         z, rows = with_values(z, values, data, survey(model, data, seed))
 
-    # real images: all are used once before any is used again
+    # real images: row k has the u of image k, else all are used once before any is used again
+    if how == "u" and like is None and not values:
+        return z, u, rows
     order = torch.randperm(len(rows), generator=generator, device=data.device)
     chosen = order.repeat(n // len(rows) + 1)[:n]
     return z, u, rows[chosen]
@@ -465,7 +468,7 @@ def start(args):
         z, u, alike = draw_codes(model, data, args.sample, **what, seed=args.seed)
         grids["sample"] = draw_new(model, data, z, alike, **seeded)
         save_images(out / f"sample-{args.sample}", grids["sample"], z, u)
-    elif not given and model.cfg.u == "own" and len(data.u.unique(dim=0)) <= 20:
+    elif not given and model.cfg.u == "own" and 1 < len(different(data.u)[0]) <= 20:
         grids["classes"] = classes(model, data, args.columns, **seeded)
 
     # edits of given images

@@ -219,13 +219,33 @@ def test_a_factor_is_set_and_the_other_latents_stay(tiny_npz, monkeypatch):
 
 @pytest.mark.parametrize("values, words", [
     ({"colour": 1}, "no latent is 'colour'. There are: z1 · factor 0, z0 · factor 1, z2"),
-    ({"z2": 1}, "'z2' matches no factor"),
+    ({"z2": 1}, "'z2' names no latent that matches a factor"),
     ({"factor 0": 4}, "factor 0 goes from 0 to 3, got 4"),
     ({"factor 1": float("nan")}, "factor 1 goes from 0 to 2, got nan")])
 def test_what_cannot_be_set_is_told(tiny_npz, values, words):
     data = idiff.load_data(tiny_npz)
     with pytest.raises(ValueError, match=words):
         interpolate.with_values(torch.zeros(1, 3), values, data, knows(data, None))
+
+
+def test_a_factor_that_is_called_by_a_number_is_meant(tiny_npz):
+    """As pandas calls columns: 0 is latent 1 here, 1 is latent 0, and no latent matches 2."""
+    data = idiff.load_data(tiny_npz)
+    rows, codes, _ = knows(data, None)
+    data.factor_names = "0", "1", "2"
+    names = {1: "z1 · 0", 0: "z0 · 1", 2: "z2"}
+    new, _ = interpolate.with_values(torch.zeros(1, 3), {"0": 1}, data, (rows, codes, names))
+    assert new.tolist() == [[0, 3, 0]]
+    assert list(interpolate.choose(["1", "2", "z1"], names)) == [0, 2, 1]
+    with pytest.raises(ValueError, match="'2' names no latent that matches a factor"):
+        interpolate.with_values(torch.zeros(1, 3), {"2": 1}, data, (rows, codes, names))
+
+
+def test_each_real_image_beside_images_of_u_has_that_u(classes_npz, tmp_path):
+    path = write_checkpoint(tmp_path / "c.pt", classes_npz, u="own", n_factors=0, n_u=3)
+    model, data = idiff.open_checkpoint(path)
+    _, u, rows = interpolate.draw_codes(model, data, 30, how="u")
+    assert torch.equal(data.u[rows], u) and len(u.unique(dim=0)) == 3
 
 
 @pytest.mark.usefixtures("pictures")
