@@ -469,7 +469,7 @@ def train_reader(data, seed, steps=600):
         loss.backward()
         optimizer.step()
         schedule.step()
-    net.requires_grad_(False)
+    net.eval().requires_grad_(False)
 
     def read(x):
         return logits(x).argmax(dim=1)
@@ -646,14 +646,16 @@ def generation(model, data, rows, codes, n, seed):
     if u.shape[1] == cfg.u_dim:
         kinds["p(z|u)"] = model.sample_prior(u[:n]), None
 
-    # a classifier reads values; where training draws u, it tells how likely each value is
+    # a classifier reads values; where training modulates a full grid, u tells how likely each is
     names = [*(data.factor_names[k] for k in data.varied), "all at once"]
     net = model.encoder
     right, log_p, quality = {}, {}, {}
     if y.size:
         net, read, hits = train_reader(data, seed)
         right["classifier"] = shares(array(hits), names)
-        if "p(z|u)" in kinds and cfg.u != "own":
+        modulated = type(cfg.kind_of_u).draw is idiff.ScalesU.draw
+        is_full = len(data.distinct) == math.prod(data.factor_sizes)
+        if modulated and is_full and "p(z|u)" in kinds:
             chances = chances_given_u(data, **cfg.kind_of_u.unpack(u[:n]))
             log_p["expectation"] = dict(zip(names, -chances.entropy().mean(dim=0)))
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import evaluate
+import idiff
 from idiff import (Config, IDiff, load_checkpoint, load_data, open_checkpoint,
                    save_checkpoint)
 
@@ -34,14 +35,14 @@ def small_grid(path):
     return str(path)
 
 
-def bands(path):
-    """A data set of 240 images: each of four factors places a block in a band of its own."""
+def bands(path, n=240):
+    """The first n of 240 images: each of four factors places a block in a band of its own."""
     factors = np.stack(np.meshgrid(*map(np.arange, (5, 4, 3, 4)), indexing="ij"), -1).reshape(-1, 4)
     images = np.zeros((240, 16, 16, 1), np.uint8)
     for image, values in zip(images, factors):
         for k, value in enumerate(values):
             image[4 * k:4 * k + 4, 3 * value:3 * value + 3] = 255
-    np.savez(path, images=images, factors=factors)
+    np.savez(path, images=images[:n], factors=factors[:n])
     return load_data(str(path))
 
 
@@ -472,6 +473,22 @@ def test_generation_by_the_true_renderer(tmp_path):
     for name in data.factor_names:
         assert log_p["decoder, p(z|u)"][name] > log_p["expectation"][name] + 0.1
         assert abs(log_p["real, of u"][name] - log_p["expectation"][name]) < 0.2
+
+
+@pytest.mark.parametrize("kind", ["gaps", "a draw of its own"])
+def test_only_a_modulated_draw_of_a_full_grid_tells_how_likely_values_are(tmp_path, kind,
+                                                                          monkeypatch):
+    data = bands(tmp_path / "bands.npz", 239 if kind == "gaps" else 240)
+    if kind != "gaps":
+        class AnyU(idiff.CentresU):
+            def draw(self, *args):
+                return super().draw(*args)
+        monkeypatch.setitem(idiff.U_KINDS, "mean+var", AnyU)
+    model = Renderer(data, [0, 1, 2, 3])
+    model.sample_prior = lambda u: model.z[:len(u)]
+    codes = model.z.double().numpy()
+    found = evaluate.generation(model, data, torch.arange(len(data)), codes, 20, 0)
+    assert list(found) == ["read as asked, n = 20", "images, n = 20"]
 
 
 def test_generation_when_z_is_ignored(tmp_path):
