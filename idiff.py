@@ -35,6 +35,7 @@ import time
 import warnings
 import zipfile
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from itertools import pairwise
@@ -151,7 +152,8 @@ class Config:
         if self.contrast and self.model != "vae" and self.batch_size == 1:
             raise ValueError("one image has nothing to be contrasted with: batch_size must be 2 or "
                              "more, or contrast must be 0.")
-        if self.model != "idiff" and self.rec == self.kl == self.contrast == 0:
+        unet_helps = self.model == "idiff" and self.unet_share == 0
+        if self.rec == self.kl == self.contrast == 0 and not unet_helps:
             raise ValueError("rec, kl and contrast are all 0: nothing would be learned.")
 
         # a prior needs a u that it can read
@@ -208,7 +210,7 @@ class Config:
     def unmix_steps(self):
         """The steps before which z is unmixed: evenly spread, the last where settling ends."""
         times = self.unmix if self.settle_steps and self.latent == "gaussian" else 0
-        return [round(self.settle_steps * (k + 1) / times) for k in range(times)]
+        return [max(1, round(self.settle_steps * (k + 1) / times)) for k in range(times)]
 
     @property
     def halvings(self):
@@ -973,7 +975,7 @@ class IDiff(nn.Module):
                 z = z[:n_ddpm]
                 x_hat = x_hat[:n_ddpm].detach()
             else:
-                z = q.mean[:n_ddpm].detach()
+                z = q.mean[:n_ddpm].detach().clone()
                 with torch.no_grad():
                     x_hat = self.decoder(z)
 
@@ -1151,8 +1153,6 @@ def data_of(info, path, device="cpu", data=None, load=None):
 
     data: a Data, a name or a path. load: load_data, or a function like it that caches its results.
     """
-    if isinstance(data, Data):
-        return data
     if data is None:
         name = str(info.get("data_arg", "unknown"))
         beside = str(Path(path).parent / Path(name).name)      # a folder may have moved with them
@@ -1165,9 +1165,29 @@ def data_of(info, path, device="cpu", data=None, load=None):
     # resized as they were then
     load = load or load_data
     try:
-        return load(data, device, info.get("image_size"), info.get("factor_sizes"))
+        if not isinstance(data, Data):
+            data = load(data, device, info.get("image_size"), info.get("factor_sizes"))
+        return standardised_as(info, data)
     except (TypeError, ValueError) as error:                   # what info says may be damaged
         raise ValueError(f"data of '{path}': {error}") from None
+
+
+def standardised_as(info, data):
+    """Data whose own u is standardised by the mean and scale of the data that a model learned from.
+
+    info: a checkpoint's. So another file's u, such as that of a test set, means what it meant.
+    """
+    names = "u_mean", "u_std"
+    theirs, own = ([source.get(name) for name in names] for source in (info, data.source))
+    if theirs == own or None in theirs + own or len(theirs[0]) != len(own[0]):
+        return data
+    (mean, std), (mean_then, std_then) = np.array([own, theirs])
+    u = data.u.double().cpu().numpy() * std + mean             # as it is stored
+
+    data = copy(data)
+    data.u = torch.tensor((u - mean_then) / std_then).to(data.u)
+    data.source = {**data.source, **dict(zip(names, theirs))}
+    return data
 
 
 def open_checkpoint(path, device="cpu", data=None, load=None):
@@ -1473,8 +1493,8 @@ def load_data(name="shapes3d", device="cpu", image_size=None, factor_sizes=None)
         data = check_arrays(arrays, name, device, image_size)
         name = os.path.abspath(name)
 
-    data.source = {"data_arg": name, "image_size": data.image_shape[1],
-                   "factor_sizes": factor_sizes}
+    data.source.update(data_arg=name, image_size=data.image_shape[1],
+                       factor_sizes=tuple(factor_sizes) if factor_sizes else None)
     return data
 
 
@@ -1658,11 +1678,15 @@ def check_arrays(arrays, path, device, image_size):
 
     own_u = check_table(arrays, "u", n, path)
     u = own_u.astype(float)                                    # half precision would overflow
-    u = (u - u.mean(axis=0)) / u.std(axis=0).clip(1e-9)
+    mean = u.mean(axis=0)
+    std = u.std(axis=0)
+    std[std <= 1e-9 * abs(u).max(axis=0)] = 1                  # a column that does not vary
     mark = fingerprint(images[::max(1, n // 256)], table, own_u)
-    return Data(f"{Path(path).resolve().name} {mark[:8]}", named, (channels, side, side),
+    data = Data(f"{Path(path).resolve().name} {mark[:8]}", named, (channels, side, side),
                 partial(look_up, pixels=pixels, white=white, side=side), device,
-                factors, u, mark, note)
+                factors, (u - mean) / std, mark, note)
+    data.source.update(u_mean=mean.tolist(), u_std=std.tolist())
+    return data
 
 
 def warn_of_factors(names, factors):

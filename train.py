@@ -179,10 +179,11 @@ def check_fit(cfg, data):
     """ValueError if a Config does not go with the data, or ranks cannot share its batches."""
     values = asdict(cfg)
     shape = shape_of(data)
-    if {**values, **shape} != values or cfg.steps < 1:
-        wanted = {name: values[name] for name in [*shape, "steps"]}
-        raise ValueError(f"the Config has {wanted}; {data.name} has {shape}, and a run a step or "
-                         "more. Make it by recipe(data).")
+    counts = "steps", "rec_images", "ddpm_images"          # recipe replaces a 0 by a number
+    if {**values, **shape} != values or not all(values[name] for name in counts):
+        wanted = {name: values[name] for name in [*shape, *counts]}
+        raise ValueError(f"the Config has {wanted}; {data.name} has {shape}, and a run needs a "
+                         "step or more, and images for each. Make it by recipe(data).")
 
     shared = (cfg.batch_size, cfg.rec_images, cfg.ddpm_images)
     if any(n % WORLD for n in shared):
@@ -609,7 +610,7 @@ def unmix_model(model, ema, optimizer, data, step):
 def fit_prior(model, data, step):
     """Fit p(z|u) of a model to its own codes by maximum likelihood; z stays as it is.
 
-    The contrast depends only on ratios of p(z|u) and leaves it 3 to 9 % too wide; beside it the KL
+    The contrast depends only on ratios of p(z|u) and leaves it 5 to 9 % too wide; beside it the KL
     is too light to correct this. The fit is kept if it makes held-out codes likelier.
     """
     prior = deepcopy(model.prior)
@@ -679,7 +680,9 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
     KeyboardInterrupt after Ctrl-C or SIGTERM, once all is saved.
     """
     # where the run goes on: from the checkpoint that is named, or the one that its folder holds
-    info = info or {}
+    info = dict(info or {})
+    if ivae is not None:                                   # so that a resumed run freezes it, too
+        info.setdefault("frozen", "a model")
     first_step = log_size = 0
     if out and os.path.exists(f"{out}/ckpt.pt"):           # such as a job queued again
         resume = f"{out}/ckpt.pt"
@@ -772,7 +775,8 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
             if step == max(cfg.ivae_steps, first_step):    # the U-Net learns alone
                 freeze(model, ema)
 
-            model.encoder.temperature = 0.3 ** min(1, step / cfg.ivae_steps)   # of Gumbel-softmax
+            learned = step / cfg.ivae_steps if model.encoder.training else 1
+            model.encoder.temperature = 0.3 ** learned     # of Gumbel-softmax
             batch = draw_batch(model, data, step)
             numbers = train_step(cfg, ranked, ema, optimizers, batch, step)
             done = step + 1

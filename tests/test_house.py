@@ -91,9 +91,9 @@ def test_a_recipe_is_made_in_the_order_that_is_written(data):
 
 def test_a_config_of_other_data_is_refused(data, tmp_path):
     cfg = train.recipe(data, steps=1, **SMALL)
-    for wrong in (replace(cfg, image_size=32), replace(cfg, n_factors=2), replace(cfg, steps=0)):
+    for wrong in (dict(image_size=32), dict(n_factors=2), dict(steps=0), dict(rec_images=0)):
         with pytest.raises(ValueError, match="recipe"):
-            train.run(wrong, data, str(tmp_path / "run"))
+            train.run(replace(cfg, **wrong), data, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

@@ -20,6 +20,7 @@ from torch.distributions import Normal, kl_divergence
 
 import evaluate
 import idiff
+import train
 from idiff import (PRIORS, VPSDE, Config, Data, Gaussian, IDiff, contrast_loss, kl_loss,
                    seeded_noise)
 
@@ -1227,6 +1228,32 @@ def test_own_u_is_drawn_with_its_image_and_all_images_alike(tmp_path):
     counts = torch.bincount(rows, minlength=7)[data.trained].double()     # not of rows held out
     assert counts.sum() == 70_000 and data.factor_names == ()
     assert (counts - 17_500).abs().max() < 5 * 132
+
+
+def test_u_of_other_data_means_what_it_meant(tmp_path):
+    """A checkpoint keeps mean and scale of u; a test set's own would move and stretch it."""
+    rng = np.random.default_rng(0)
+    u = rng.normal(3, 5, (60, 2)) * [1, 1e-12]
+    u = np.concatenate([u, np.full((60, 1), 0.1)], axis=1)     # the last column never varies
+    test = np.array([[3, 0, 0.1], [8, 1e-12, 0.1]])
+    for name, rows in {"train": u, "test": test}.items():
+        np.savez(tmp_path / f"{name}.npz", images=numbered_images(len(rows)), u=rows)
+    data, other = (idiff.load_data(str(tmp_path / f"{name}.npz")) for name in ("train", "test"))
+    before = other.u.clone()
+
+    model = idiff.IDiff(train.recipe(data, model="ivae", width=8))
+    model.info = train.provenance(data)
+    idiff.save_checkpoint(tmp_path / "ckpt.pt", model, model)
+    expected = ((test - u.mean(axis=0)) / u.std(axis=0))[:, :2]
+    for given in (str(tmp_path / "test.npz"), other):
+        with pytest.warns(UserWarning, match="was trained on train.npz"):
+            _, found = idiff.open_checkpoint(tmp_path / "ckpt.pt", data=given)
+        torch.testing.assert_close(found.u[:, :2], torch.from_numpy(expected).float())
+        assert (found.u[:, 2].abs() < 1e-9).all()
+        assert found.source["u_mean"] == data.source["u_mean"]
+    assert torch.equal(other.u, before)                        # the caller's own stays
+    _, same_data = idiff.open_checkpoint(tmp_path / "ckpt.pt")
+    assert torch.equal(same_data.u, data.u)
 
 
 def test_u_of_one_column_or_none_that_varies(tmp_path):

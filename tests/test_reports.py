@@ -85,6 +85,15 @@ def test_the_message_of_a_diverged_run_names_a_checkpoint_only_if_there_is_one(t
     assert not os.path.exists(tmp_path / "run" / "ckpt.pt")
 
 
+@pytest.mark.parametrize("changes", [{"model": "ivae"}, {"model": "idiff", "unet_share": 0.3}])
+def test_an_ivae_without_any_loss_is_refused(changes):
+    """Also one that a U-Net follows; one beside a U-Net learns nothing, but the U-Net does."""
+    nothing = dict(rec=0.0, kl=0.0, contrast=0.0)
+    with pytest.raises(ValueError, match="nothing would be learned"):
+        idiff.Config(**nothing, **changes)
+    idiff.Config(**nothing, unet_share=0.0)
+
+
 def test_a_batch_of_one_has_nothing_to_be_contrasted_with():
     with pytest.raises(ValueError, match="batch_size must be 2"):
         idiff.Config(batch_size=1)

@@ -128,9 +128,9 @@ def test_a_folder_of_pictures_is_trained_on_and_found_again(tmp_path, monkeypatc
     evaluate.main(["dsprites/run/ckpt.pt", "--no-dci", "--n", "24"])
     report = json.loads((tmp_path / "dsprites/run/metrics.json").read_text())
     assert list(report["per_factor"]) == ["shape", "size"] and report["data"].startswith("pics ")
-    found = []
-    idiff.data_of({"data_arg": "dsprites"}, "ckpt.pt", load=lambda name, *_: found.append(name))
-    assert found == ["dsprites"]
+    data_sets = {"dsprites": load_data("dsprites")}
+    found = idiff.data_of({"data_arg": "dsprites"}, "ckpt.pt", load=lambda name, *_: data_sets[name])
+    assert found is data_sets["dsprites"]
     assert load_data("dsprites").name == "dsprites replica"
     assert ".csv" in refusal(train.main, [*TINY, "--data", tmp_path, "--steps", "2"])
     sized = [*TINY, "--data", pics, "--factor-sizes", "24", "--steps", "2"]

@@ -642,6 +642,25 @@ def test_a_resumed_run_stays_frozen_without_the_first_checkpoint(full_ivae, tiny
     assert same(parts_of(resumed["model"]), parts_of(read_checkpoint(full_ivae)["ema"]))
 
 
+def test_an_ivae_given_in_python_stays_frozen_when_its_run_goes_on(full_ivae, tmp_path,
+                                                                   monkeypatch):
+    ivae, data = idiff.open_checkpoint(full_ivae)
+    cfg = train.recipe(data, ivae=ivae, steps=4, unet_width=8, batch_size=4)
+    save = save_checkpoint
+
+    def save_then_stop(path, model, ema, **state):
+        save(path, model, ema, **state)
+        if state["step"] == 2:
+            raise OSError("full")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(idiff, "save_checkpoint", save_then_stop)
+        train.run(cfg, data, str(tmp_path / "run"), ivae, save_every=2)
+    train.run(cfg, data, str(tmp_path / "run"))
+    content = read_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert content["step"] == 4
+    assert same(parts_of(content["model"]), parts_of(read_checkpoint(full_ivae)["ema"]))
+
+
 @pytest.mark.parametrize("flags, named", [
     ("--latent-dim 4", "latent_dim 3"), ("--prior known", "prior full"),
     ("--prior-mean learned", "prior_mean auto"),
@@ -1032,6 +1051,7 @@ def test_images_alone_train_a_vae_and_nothing_else(tmp_path, capsys):
     for flags in ([], ["--u", "own"], ["--u", "var"]):
         text = refusal([*TINY, "--data", path, *flags, "--out", str(out)], capsys)
         assert "--model vae" in text and not out.exists()
+    assert interpolate.main([str(tmp_path / "vae" / "ckpt.pt"), "--columns", "2"])
 
 
 @pytest.mark.parametrize("flags, word", [

@@ -75,6 +75,11 @@ def test_u_that_tells_nothing_is_not_accepted():
     assert unmixed(z, u)[0] is None
 
 
+def test_it_never_comes_before_the_first_step():
+    cfg = idiff.Config(steps=2, unet_share=0, settle=0.6, unmix=2)
+    assert cfg.settle_steps == 1 and cfg.unmix_steps == [1, 1]
+
+
 @pytest.mark.parametrize("gains, copies, accepted", [
     ((3.5, 9.0), 1, True), ((2.5, 9.0), 1, False), ((9.0, 2.5), 1, False), ((2.5, 9.0), 4, False),
     ((-9.0, 9.0), 1, False)])
