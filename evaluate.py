@@ -347,7 +347,7 @@ def identifiable(p, zero_means=False):
     independently. That takes D k + 1 different u, so M of them are "enough_for" (M - 1) // k
     latents. "rank" is how many singular values exceed 1 % of the largest, after each parameter is
     divided by its standard deviation over u; "condition" is the largest divided by the smallest, or
-    NaN if the rank is too low. Source: Khemakhem et al. 2020.
+    NaN if the rank is too low. ValueError if p is not finite. Source: Khemakhem et al. 2020.
     """
     precision = 1 / p.variance.cpu().double()                  # some devices have no doubles
     eta = [precision / -2]
@@ -355,6 +355,8 @@ def identifiable(p, zero_means=False):
         eta.append(p.mean.cpu() * precision)
     k = len(eta)
     eta = torch.cat(eta, dim=1)                                # (M, D k)
+    if not eta.isfinite().all():
+        raise ValueError("p(z|u) holds NaN or inf: the model is damaged, or its training diverged.")
     eta = eta - eta.mean(dim=0)
     std = eta.std(dim=0, correction=0).clamp(min=1e-6)         # 0 where u changes nothing
     s = torch.linalg.svdvals(eta / std)

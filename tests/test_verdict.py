@@ -172,6 +172,12 @@ def test_each_u_is_one_of_the_different_ones():
     assert values.shape == (1, 0) and number.tolist() == [0] * 5
 
 
+def test_a_prior_that_is_not_finite_is_told():
+    p = Gaussian(torch.tensor([[0.0, np.nan], [1.0, 2.0]]), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="the model is damaged"):
+        evaluate.identifiable(p)
+
+
 def test_information_of_signs_and_scales():
     """Latent 0 takes its sign from u, latent 1 its scale, latent 2 nothing."""
     u = torch.arange(1000) % 2 * 2.0 - 1
