@@ -302,9 +302,9 @@ def orthogonalise(m):
     return m
 
 
-def freeze(model, ivae):
-    """Give all parts of a model except its U-Net the weights of another, and freeze them."""
-    for name in ("encoder", "prior", "decoder"):
+def freeze(model, ivae, names=("encoder", "prior", "decoder")):
+    """Give parts of a model, by default all but its U-Net, the weights of another; freeze them."""
+    for name in names:
         part = getattr(model, name)
         part.load_state_dict(getattr(ivae, name).state_dict())
         part.eval().requires_grad_(False)                  # in eval mode BatchNorm stays as it is
@@ -351,7 +351,7 @@ def build(cfg, device, ivae=None):
     return model, ema, optimizers
 
 
-def restore(content, path, model, ema, optimizers):
+def restore(content, path, model, ema, optimizers, watch):
     """Restore a checkpoint's content; returns the step to go on from. ValueError if that fails."""
     try:
         model.load_state_dict(content["model"])
@@ -368,6 +368,8 @@ def restore(content, path, model, ema, optimizers):
         whole = type(step) is type(log_size) is int
         if not whole or not 0 < step <= model.cfg.steps or log_size < 0:
             raise ValueError(f"step {step} of {model.cfg.steps}, a log of {log_size} bytes")
+        if "watch" in content:                             # older checkpoints have none
+            watch.load(content["watch"], model)
     except Exception as error:         # whatever torch raises, the file is at fault
         raise ValueError(f"'{path}' holds no state to resume from: {type(error).__name__}, "
                          f"{in_one_line(error)}") from None
@@ -583,8 +585,8 @@ def held_out_contrast(model, data, n_batches=8):
 def unmix_model(model, ema, optimizer, data, step):
     """Unmix z: the map goes into the encoder's last layer, the new prior into the model.
 
-    The averaged weights, to which the map was fitted, become the model's. The moments of AdamW
-    belong to other weights, so they begin anew. Returns what unmix tells.
+    Training goes on from the averaged weights, to which the map was fitted. Returns what unmix
+    tells.
     """
     z, u, z_held, u_held = draw_to_fit(ema, data, step, most=20_000)
     if not z.isfinite().all():
@@ -594,15 +596,19 @@ def unmix_model(model, ema, optimizer, data, step):
         dist.broadcast_object_list(result)
     [(found, told)] = result
 
-    # into both models; the averaged weights become the model's
     if found:
         w, b, prior = (each.to(z.device) for each in found)
         ema.encoder.turn(w, b)
         ema.prior.load_state_dict(prior.state_dict())
-        for name in ("encoder", "prior"):
-            getattr(model, name).load_state_dict(getattr(ema, name).state_dict())
-        optimizer.state.clear()
+        go_on_from(ema, model, optimizer)
     return told
+
+
+def go_on_from(ema, model, optimizer):
+    """Give a model the averaged encoder and prior. AdamW's moments, of other weights, go."""
+    for name in ("encoder", "prior"):
+        getattr(model, name).load_state_dict(getattr(ema, name).state_dict())
+    optimizer.state.clear()
 
 
 # ---- The prior's fit ----
@@ -699,8 +705,9 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
     # everything that can be wrong is found before a folder is made
     check_fit(cfg, data)
     model, ema, optimizers = build(cfg, data.device, ivae)
+    watch = Watch(ema, learns=ivae is None)
     if resume:
-        first_step = restore(content, resume, model, ema, optimizers)
+        first_step = restore(content, resume, model, ema, optimizers, watch)
         if not out:
             out = os.path.dirname(os.path.realpath(resume))                    # a link stays one
             log_size = content["log_size"]
@@ -719,7 +726,7 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
     # train, then look at what came out
     with claimed:
         barrier()                                          # rank 0 has claimed the folder
-        loop(model, ema, optimizers, data, out, first_step, save_every, log_every)
+        loop(model, ema, optimizers, watch, data, out, first_step, save_every, log_every)
         if RANK == 0:
             ema.info["validation"] = finish(ema.eval(), data, out)
     return ema.eval().requires_grad_(False)
@@ -750,9 +757,79 @@ class Pace:
                       "threads anew.", file=sys.stderr)
 
 
-def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
+class Watch:
+    """Watches the contrast on rows of own u that training never sees, and keeps the best codes.
+
+    Few images may be learned by heart: z then tells ever more of their u, and less of all others'.
+    """
+
+    MARGIN = 0.1                                           # nats; a smaller rise may be chance
+
+    def __init__(self, model, learns):
+        cfg = self.cfg = model.cfg
+        self.on = learns and cfg.u == "own" and cfg.model != "vae" and cfg.rec * cfg.contrast > 0
+        parts = (model.encoder, model.prior) if self.on else ()
+        self.best = torch.nn.ModuleList(map(deepcopy, parts))
+        self.least = math.inf                              # the best codes' contrast, in nats
+        self.step = 0                                      # at which they were
+        self.settled = 0                                   # the step that ended settling early
+        self.still = 0                                     # the step since which z stands still
+
+    def config(self):
+        """The Config to go on with, whose settling may have ended."""
+        if not self.settled:
+            return self.cfg
+        return replace(self.cfg, settle=self.settled / self.cfg.ivae_steps)
+
+    def worse(self, ema, data, step):
+        """Whether the codes are worse than they were, by the margin. Better ones are kept."""
+        end = self.cfg.ivae_steps
+        due = step % max(20, end // 40) == 0 or step == end
+        if not self.on or self.still or not due or step > end:
+            return False
+        value = torch.tensor(held_out_contrast(ema, data), device=data.device)
+        if WORLD > 1:                                      # all take rank 0's result
+            dist.broadcast(value, 0)
+        if value < self.least:
+            self.least, self.step = value.item(), step
+            for best, part in zip(self.best, (ema.encoder, ema.prior)):
+                best.load_state_dict(part.state_dict())
+        return bool(value > self.least + self.MARGIN)
+
+    def go_back(self, model, ema, optimizer, step):
+        """Give both models the best codes. Settling ends; if it had ended, z stands still from now
+        on. Returns what happened, a dict for the log."""
+        for best, part in zip(self.best, (ema.encoder, ema.prior)):
+            part.load_state_dict(best.state_dict())
+        then = "z stands still from now on"
+        if step < self.config().settle_steps:
+            then = "settling ends"
+            self.settled = step
+            go_on_from(ema, model, optimizer)
+        else:
+            self.still = step
+            freeze(model, ema, ("encoder", "prior"))
+        return {"back to": self.step, "held-out contrast": self.least, "then": then}
+
+    def state(self):
+        """What a checkpoint keeps, a dict."""
+        numbers = [self.least, self.step, self.settled, self.still]
+        return {"best": self.best.state_dict(), "numbers": numbers}
+
+    def load(self, state, model):
+        """Restore what state gave."""
+        self.best.load_state_dict(state["best"])
+        self.least, *steps = state["numbers"]
+        if not all(type(n) is int and 0 <= n <= self.cfg.steps for n in steps):
+            raise ValueError(f"steps {steps} of {self.cfg.steps}")
+        self.step, self.settled, self.still = steps
+        if self.still:
+            freeze(model, model, ("encoder", "prior"))
+
+
+def loop(model, ema, optimizers, watch, data, out, first_step, save_every, log_every):
     """Train from first_step to the end, logging and saving into the folder out."""
-    cfg = model.cfg
+    cfg = watch.config()
     path = f"{out}/ckpt.pt"
     started = time.time()
 
@@ -772,6 +849,8 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
                     kept = "unmixed" if told["accepted"] else "left as they are"
                     print(f"latents {kept}: held-out log-likelihood from {told['from']:.3f} to "
                           f"{told['to']:.3f} nats", flush=True)
+                if told["accepted"]:
+                    watch.least = math.inf                 # the best codes so far are mixed
             if step == max(cfg.ivae_steps, first_step):    # the U-Net learns alone
                 freeze(model, ema)
 
@@ -780,6 +859,16 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
             batch = draw_batch(model, data, step)
             numbers = train_step(cfg, ranked, ema, optimizers, batch, step)
             done = step + 1
+
+            # codes that are learned by heart go back to what they were
+            if watch.worse(ema, data, done):
+                told = watch.go_back(model, ema, optimizers[0], done)
+                cfg = watch.config()
+                if RANK == 0:
+                    log(out, {"step": done, "learned by heart": told})
+                    print(f"images are learned by heart: back to step {told['back to']}, where the "
+                          f"held-out contrast was {told['held-out contrast']:.3f} nats; "
+                          f"{told['then']}", flush=True)
             if done == cfg.ivae_steps:
                 fit_prior(ema, data, done)
 
@@ -803,7 +892,7 @@ def loop(model, ema, optimizers, data, out, first_step, save_every, log_every):
                 pace.look((done > cfg.settle_steps, done > cfg.ivae_steps), done)
 
             if saving and RANK == 0:
-                idiff.save_checkpoint(path, model, ema, step=done,
+                idiff.save_checkpoint(path, model, ema, step=done, watch=watch.state(),
                                       log_size=os.path.getsize(f"{out}/log.jsonl"),
                                       optimizers=[each.state_dict() for each in optimizers])
                 pace.look(None, done)                      # time spent saving does not count

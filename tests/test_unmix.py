@@ -14,6 +14,7 @@ import torch
 import idiff
 import train
 from conftest import TINY, same
+from test_train import log_of
 
 N = 20_000
 
@@ -228,19 +229,111 @@ def test_how_many_rows_are_held_out(n, held_out):
     assert len(data.held_out) == held_out and len(data.trained) == n - held_out
 
 
-def test_what_is_learned_by_heart_shows(tmp_path):
-    """Noise with an unrelated u: the contrast of rows never seen is 0 or worse, that of rows
-    trained on is not."""
+def run_on_noise(folder):
+    """The model of a run on noise with an unrelated u, its contrast on rows that training saw, on
+    rows never seen, and its log."""
     rng = np.random.default_rng(0)
-    np.savez(tmp_path / "noise.npz", images=rng.integers(0, 256, (256, 16, 16), np.uint8),
+    np.savez(folder / "noise.npz", images=rng.integers(0, 256, (256, 16, 16), np.uint8),
              u=rng.normal(size=(256, 2)))
-    data = idiff.load_data(str(tmp_path / "noise.npz"))
-    model = train.run(train.recipe(data, steps=150, width=16, batch_size=64, latent_dim=3,
-                                   model="ivae", contrast=1.0, unmix=0, settle=0.9), data,
-                      str(tmp_path / "run"))
+    data = idiff.load_data(str(folder / "noise.npz"))
+    cfg = train.recipe(data, steps=150, width=16, batch_size=64, latent_dim=3, model="ivae",
+                       contrast=1.0, unmix=0, settle=0.9)
+    model = train.run(cfg, data, str(folder / "run"))
     seen = data.trained[:150]
     by_heart = idiff.contrast_loss(model.encode(data.images(seen))[0], model.prior(data.u[seen]))
-    assert by_heart < -0.5 and model.info["validation"]["contrast"] > -0.1
+    return by_heart, model.info["validation"]["contrast"], log_of(folder / "run")
+
+
+def test_what_is_learned_by_heart_shows(tmp_path, monkeypatch):
+    """The contrast of rows never seen is 0 or worse, that of rows trained on is not."""
+    monkeypatch.setattr(train.Watch, "MARGIN", math.inf)
+    by_heart, held_out, records = run_on_noise(tmp_path)
+    assert by_heart < -0.5 and held_out > -0.1
+    assert not any("learned by heart" in record for record in records)
+
+
+def test_what_is_learned_by_heart_is_taken_back(tmp_path, monkeypatch):
+    """Where u tells nothing z ends as it was before it told the u of images seen."""
+    monkeypatch.setattr(train, "fit_prior", lambda *_: None)
+    by_heart, held_out, records = run_on_noise(tmp_path)
+    assert by_heart > -0.35 and abs(held_out) < 0.1
+    told = [record["learned by heart"]["then"] for record in records
+            if "learned by heart" in record]
+    assert told in (["settling ends"], ["settling ends", "z stands still from now on"])
+
+
+def recipe_of(data, **changes):
+    """A Config of 80 steps of the iVAE, 48 of which settle; it is watched at 20, 40, 60 and 80."""
+    small = dict(width=8, unet_width=8, batch_size=8, latent_dim=2, ddpm_images=2)
+    return train.recipe(data, steps=100, unet_share=0.2, settle=0.6, **small, **changes)
+
+
+def test_the_best_codes_come_back(own, monkeypatch):
+    """Twice: first settling ends, then z stands still, and only the decoder learns."""
+    data = idiff.load_data(own)
+    cfg = recipe_of(data)
+    model, ema, optimizers = train.build(cfg, data.device)
+    watch = train.Watch(ema, learns=True)
+    values = iter([-1.0, -0.95, -0.8])
+    monkeypatch.setattr(train, "held_out_contrast", lambda *_: next(values))
+    x = data.images(torch.arange(9))
+    best = ema.encode(x)[0]
+    worse = []
+    for step in range(1, 61):
+        worse.append(watch.worse(ema, data, step))
+        if step % 20 == 0:
+            torch.nn.init.normal_(ema.encoder.last.weight)
+    assert worse.index(True) == 59 and sum(worse) == 1 and watch.step == 20
+
+    watch.go_back(model, ema, optimizers[0], 40)
+    for each in (model, ema):
+        torch.testing.assert_close(each.encode(x)[0], best)
+    assert watch.config().settle_steps == 40 and watch.config().unmix_steps == [40]
+    assert watch.config().ivae_steps == cfg.ivae_steps and model.encoder.training
+
+    torch.nn.init.normal_(ema.encoder.last.weight)
+    watch.go_back(model, ema, optimizers[0], 60)
+    assert not any(p.requires_grad for name in ("encoder", "prior")
+                   for p in getattr(model, name).parameters())
+    assert all(p.requires_grad for p in model.decoder.parameters())
+    torch.testing.assert_close(model.encode(x)[0], best)
+
+
+@pytest.mark.parametrize("u, changes", [("var", {}), ("own", {"contrast": 0.0, "kl": 1e-2})])
+def test_only_a_contrast_of_own_u_is_watched(tiny_npz, own, u, changes):
+    data = idiff.load_data(own if u == "own" else tiny_npz)
+    _, ema, _ = train.build(recipe_of(data, u=u, **changes), data.device)
+    assert not train.Watch(ema, learns=True).on
+    assert not train.Watch(ema, learns=True).worse(ema, data, 20)
+
+
+@pytest.mark.parametrize("stop", [20, 30, 40, 60, 70])
+def test_a_run_that_went_back_ends_as_if_undisturbed(own, tmp_path, monkeypatch, stop):
+    """Whether it stops before or after settling ended early, or z stood still."""
+    data = idiff.load_data(own)
+    cfg = recipe_of(data)
+    worse = train.Watch.worse
+
+    def rising(watch, ema, data, step):                    # the contrast
+        monkeypatch.setattr(train, "held_out_contrast", lambda *_: step / 10)
+        return worse(watch, ema, data, step)
+    monkeypatch.setattr(train.Watch, "worse", rising)
+    whole = train.run(cfg, data, str(tmp_path / "whole"), save_every=10)
+    told = [r["learned by heart"]["then"] for r in log_of(tmp_path / "whole")
+            if "learned by heart" in r]
+    assert told == ["settling ends", "z stands still from now on"]
+
+    save = idiff.save_checkpoint
+
+    def save_then_stop(path, model, ema, **state):
+        save(path, model, ema, **state)
+        if state["step"] == stop:
+            raise OSError("full")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(idiff, "save_checkpoint", save_then_stop)
+        train.run(cfg, data, str(tmp_path / "run"), save_every=10)
+    resumed = train.run(cfg, data, str(tmp_path / "run"), save_every=10)
+    assert same(whole.state_dict(), resumed.state_dict())
 
 
 def test_the_log_shows_it_at_every_save(own, tmp_path):
