@@ -757,6 +757,23 @@ class Pace:
                       "threads anew.", file=sys.stderr)
 
 
+def tell(out, step, what, told, text):
+    """Log what happened before a step, the dict told, and print a text about it, on rank 0."""
+    if RANK == 0:
+        log(out, {"step": step, what: told})
+        print(text, flush=True)
+
+
+def check_finite(record, step, path):
+    """ValueError, which tells of the checkpoint path, unless all numbers of a record are finite."""
+    if not all(map(math.isfinite, record.values())):
+        kept = "No checkpoint was written yet"
+        if os.path.exists(path):
+            kept = f"The checkpoint '{path}' is kept"
+        raise ValueError(f"not finite at step {step}: {record}. {kept}; try a smaller --lr, or "
+                         "--precision float32.")
+
+
 class Watch:
     """Watches the contrast on rows of own u that training never sees, and keeps the best codes.
 
@@ -798,7 +815,7 @@ class Watch:
 
     def go_back(self, model, ema, optimizer, step):
         """Give both models the best codes. Settling ends; if it had ended, z stands still from now
-        on. Returns what happened, a dict for the log."""
+        on. Returns what happened, a dict and a text."""
         for best, part in zip(self.best, (ema.encoder, ema.prior)):
             part.load_state_dict(best.state_dict())
         then = "z stands still from now on"
@@ -809,7 +826,9 @@ class Watch:
         else:
             self.still = step
             freeze(model, ema, ("encoder", "prior"))
-        return {"back to": self.step, "held-out contrast": self.least, "then": then}
+        told = {"back to": self.step, "held-out contrast": self.least, "then": then}
+        return told, (f"images are learned by heart: back to step {self.step}, where the held-out "
+                      f"contrast was {self.least:.3f} nats; {then}")
 
     def state(self):
         """What a checkpoint keeps, a dict."""
@@ -844,11 +863,9 @@ def loop(model, ema, optimizers, watch, data, out, first_step, save_every, log_e
             # between the stages of the run
             if step in cfg.unmix_steps:
                 told = unmix_model(model, ema, optimizers[0], data, step)
-                if RANK == 0:
-                    log(out, {"step": step, "unmixing": told})
-                    kept = "unmixed" if told["accepted"] else "left as they are"
-                    print(f"latents {kept}: held-out log-likelihood from {told['from']:.3f} to "
-                          f"{told['to']:.3f} nats", flush=True)
+                kept = "unmixed" if told["accepted"] else "left as they are"
+                tell(out, step, "unmixing", told, f"latents {kept}: held-out log-likelihood from "
+                     f"{told['from']:.3f} to {told['to']:.3f} nats")
                 if told["accepted"]:
                     watch.least = math.inf                 # the best codes so far are mixed
             if step == max(cfg.ivae_steps, first_step):    # the U-Net learns alone
@@ -862,13 +879,9 @@ def loop(model, ema, optimizers, watch, data, out, first_step, save_every, log_e
 
             # codes that are learned by heart go back to what they were
             if watch.worse(ema, data, done):
-                told = watch.go_back(model, ema, optimizers[0], done)
+                told, text = watch.go_back(model, ema, optimizers[0], done)
                 cfg = watch.config()
-                if RANK == 0:
-                    log(out, {"step": done, "learned by heart": told})
-                    print(f"images are learned by heart: back to step {told['back to']}, where the "
-                          f"held-out contrast was {told['held-out contrast']:.3f} nats; "
-                          f"{told['then']}", flush=True)
+                tell(out, done, "learned by heart", told, text)
             if done == cfg.ivae_steps:
                 fit_prior(ema, data, done)
 
@@ -880,12 +893,7 @@ def loop(model, ema, optimizers, watch, data, out, first_step, save_every, log_e
                 record = mean_over_ranks(numbers)
                 if saving and cfg.model != "vae" and done <= cfg.ivae_steps and RANK == 0:
                     record["held-out contrast"] = held_out_contrast(ema, data)
-                if not all(map(math.isfinite, record.values())):
-                    kept = "No checkpoint was written yet"
-                    if os.path.exists(path):
-                        kept = f"The checkpoint '{path}' is kept"
-                    raise ValueError(f"not finite at step {done}: {record}. {kept}; try a smaller "
-                                     "--lr, or --precision float32.")
+                check_finite(record, done, path)
                 if RANK == 0:
                     log(out, {"step": done, **record, "seconds": round(time.time() - started)})
                 bar.set_postfix(record, refresh=False)
