@@ -1489,6 +1489,11 @@ def load_data(name="shapes3d", device="cpu", image_size=None, factor_sizes=None)
         else:
             arrays = read_file(name, device)
             if factor_sizes:
+                n = math.prod(factor_sizes)
+                if arrays["images"].shape[:1] != (n,):
+                    raise ValueError(f"'{name}': --factor-sizes {factor_sizes} are of {n} images, "
+                                     f"but images are {arrays['images'].shape}. Pass sizes whose "
+                                     "product is the number of images, the last changing fastest.")
                 arrays.setdefault("factors", np.argwhere(np.ones(factor_sizes)))
         data = check_arrays(arrays, name, device, image_size)
         name = os.path.abspath(name)
@@ -1710,8 +1715,8 @@ def check_table(arrays, name, n, path):
     fits = table.ndim == 2 and len(table) == n and table.dtype.kind in "buif"
     if not fits or not np.isfinite(table).all():
         raise ValueError(f"'{path}': {name} are {table.shape} {table.dtype}; wanted is a row of "
-                         f"finite numbers for each of {n} images, the product of --factor-sizes if "
-                         "given. For words write np.unique(words, return_inverse=True)[1].")
+                         f"finite numbers for each of {n} images. For words write "
+                         "np.unique(words, return_inverse=True)[1].")
     return table
 
 

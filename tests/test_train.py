@@ -1020,7 +1020,8 @@ def test_sizes_stand_for_the_factors_of_a_full_grid(tiny_npz, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("sizes, told", [
-    ("4,3", "(12, 2) int64; wanted is a row of finite numbers for each of 24 images, the product"),
+    ("4,3", "--factor-sizes (4, 3) are of 12 images, but images are (24, "),
+    ("1099511627776", "--factor-sizes (1099511627776,) are of 1099511627776 images, but images"),
     ("4,a", "invalid sizes value: '4,a'"), ("4,-3,-2", "invalid sizes value: '4,-3,-2'"),
     ("", "invalid sizes value: ''"), ("4,3,2 --data dsprites", "is for .npz and .h5 files without factors"),
     ("2,3,4 --data TINY", "is for .npz and .h5 files without factors")])
