@@ -302,9 +302,9 @@ def orthogonalise(m):
     return m
 
 
-def freeze(model, ivae, names=("encoder", "prior", "decoder")):
-    """Give parts of a model, by default all but its U-Net, the weights of another; freeze them."""
-    for name in names:
+def freeze(model, ivae):
+    """Give all parts of a model except its U-Net the weights of another, and freeze them."""
+    for name in ("encoder", "prior", "decoder"):
         part = getattr(model, name)
         part.load_state_dict(getattr(ivae, name).state_dict())
         part.eval().requires_grad_(False)                  # in eval mode BatchNorm stays as it is
@@ -369,7 +369,7 @@ def restore(content, path, model, ema, optimizers, watch):
         if not whole or not 0 < step <= model.cfg.steps or log_size < 0:
             raise ValueError(f"step {step} of {model.cfg.steps}, a log of {log_size} bytes")
         if "watch" in content:                             # older checkpoints have none
-            watch.load(content["watch"], model)
+            watch.load(content["watch"])
     except Exception as error:         # whatever torch raises, the file is at fault
         raise ValueError(f"'{path}' holds no state to resume from: {type(error).__name__}, "
                          f"{in_one_line(error)}") from None
@@ -775,9 +775,11 @@ def check_finite(record, step, path):
 
 
 class Watch:
-    """Watches the contrast on rows of own u that training never sees, and keeps the best codes.
+    """Watches the contrast on rows of own u that training never sees, while encoder and prior
+    settle, and keeps the best codes.
 
     Few images may be learned by heart: z then tells ever more of their u, and less of all others'.
+    The decoder, which joins when settling ends, slows that.
     """
 
     MARGIN = 0.1                                           # nats; a smaller rise may be chance
@@ -790,7 +792,6 @@ class Watch:
         self.least = math.inf                              # the best codes' contrast, in nats
         self.step = 0                                      # at which they were
         self.settled = 0                                   # the step that ended settling early
-        self.still = 0                                     # the step since which z stands still
 
     def config(self):
         """The Config to go on with, whose settling may have ended."""
@@ -800,9 +801,8 @@ class Watch:
 
     def worse(self, ema, data, step):
         """Whether the codes are worse than they were, by the margin. Better ones are kept."""
-        end = self.cfg.ivae_steps
-        due = step % max(20, end // 40) == 0 or step == end
-        if not self.on or self.still or not due or step > end:
+        due = step % max(20, self.cfg.ivae_steps // 40) == 0
+        if not self.on or not due or step > self.config().settle_steps:
             return False
         value = torch.tensor(held_out_contrast(ema, data), device=data.device)
         if WORLD > 1:                                      # all take rank 0's result
@@ -814,36 +814,27 @@ class Watch:
         return bool(value > self.least + self.MARGIN)
 
     def go_back(self, model, ema, optimizer, step):
-        """Give both models the best codes. Settling ends; if it had ended, z stands still from now
-        on. Returns what happened, a dict and a text."""
+        """Give both models the best codes and end settling. Returns what to log and to print."""
         for best, part in zip(self.best, (ema.encoder, ema.prior)):
             part.load_state_dict(best.state_dict())
-        then = "z stands still from now on"
-        if step < self.config().settle_steps:
-            then = "settling ends"
-            self.settled = step
-            go_on_from(ema, model, optimizer)
-        else:
-            self.still = step
-            freeze(model, ema, ("encoder", "prior"))
-        told = {"back to": self.step, "held-out contrast": self.least, "then": then}
+        go_on_from(ema, model, optimizer)
+        self.settled = step
+        told = {"back to": self.step, "held-out contrast": self.least}
         return told, (f"images are learned by heart: back to step {self.step}, where the held-out "
-                      f"contrast was {self.least:.3f} nats; {then}")
+                      f"contrast was {self.least:.3f} nats; settling ends")
 
     def state(self):
         """What a checkpoint keeps, a dict."""
-        numbers = [self.least, self.step, self.settled, self.still]
+        numbers = [self.least, self.step, self.settled]
         return {"best": self.best.state_dict(), "numbers": numbers}
 
-    def load(self, state, model):
+    def load(self, state):
         """Restore what state gave."""
         self.best.load_state_dict(state["best"])
         self.least, *steps = state["numbers"]
         if not all(type(n) is int and 0 <= n <= self.cfg.steps for n in steps):
             raise ValueError(f"steps {steps} of {self.cfg.steps}")
-        self.step, self.settled, self.still = steps
-        if self.still:
-            freeze(model, model, ("encoder", "prior"))
+        self.step, self.settled = steps
 
 
 def loop(model, ema, optimizers, watch, data, out, first_step, save_every, log_every):
@@ -880,8 +871,8 @@ def loop(model, ema, optimizers, watch, data, out, first_step, save_every, log_e
             # codes that are learned by heart go back to what they were
             if watch.worse(ema, data, done):
                 told, text = watch.go_back(model, ema, optimizers[0], done)
-                cfg = watch.config()
                 tell(out, done, "learned by heart", told, text)
+                cfg = watch.config()
             if done == cfg.ivae_steps:
                 fit_prior(ema, data, done)
 
