@@ -857,8 +857,6 @@ def loop(model, ema, optimizers, watch, data, out, first_step, save_every, log_e
                 kept = "unmixed" if told["accepted"] else "left as they are"
                 tell(out, step, "unmixing", told, f"latents {kept}: held-out log-likelihood from "
                      f"{told['from']:.3f} to {told['to']:.3f} nats")
-                if told["accepted"]:
-                    watch.least = math.inf                 # the best codes so far are mixed
             if step == max(cfg.ivae_steps, first_step):    # the U-Net learns alone
                 freeze(model, ema)
 
