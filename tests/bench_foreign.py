@@ -3,7 +3,7 @@
 
     pip install idsprites
     python tests/bench_foreign.py sprites.npz
-    python train.py --data sprites.npz --latent-dim 5 --model ivae --contrast 1 --steps 3000
+    python train.py --data sprites.npz --latent-dim 5 --model ivae
 
 One shape, half of it black, is moved, turned, resized and coloured: five factors, which are
 numbers. u names a segment, one of 40, in which each factor has a mean and a scale of its own. No
