@@ -113,10 +113,11 @@ class Config:
     steps: int = option(0, "number of optimiser steps in all; 0: set by --epochs")
     lr: float = option(2e-3, "peak learning rate of AdamW")
     muon: float = option(0.03, "learning rate of Muon, for matrices of decoder and U-Net; 0: AdamW")
-    schedule: str = option("cosine", "learning rate after warm-up", SCHEDULES)
+    schedule: str = option("cosine", "how the learning rate goes on after warm-up", SCHEDULES)
     clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
     ema: float = option(0.998, "decay per step of the averaged weights", below=1)
-    precision: str = option("float32", "arithmetic", ("float32", "bfloat16"))
+    precision: str = option("float32", "numbers that the networks compute with; bfloat16 is "
+                            "faster on a GPU, and coarser", ("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, data and noise", below=2**62)
 
     # These are read off the data. Only the size is a flag: stored pictures are resized to it.
