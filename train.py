@@ -705,7 +705,7 @@ def run(cfg, data, out=None, ivae=None, resume=None, info=None, save_every=500, 
     # everything that can be wrong is found before a folder is made
     check_fit(cfg, data)
     model, ema, optimizers = build(cfg, data.device, ivae)
-    watch = Watch(ema, learns=ivae is None)
+    watch = Watch(ema)
     if resume:
         first_step = restore(content, resume, model, ema, optimizers, watch)
         if not out:
@@ -784,9 +784,9 @@ class Watch:
 
     MARGIN = 0.1                                           # nats; a smaller rise may be chance
 
-    def __init__(self, model, learns):
+    def __init__(self, model):
         cfg = self.cfg = model.cfg
-        self.on = learns and cfg.u == "own" and cfg.model != "vae" and cfg.rec * cfg.contrast > 0
+        self.on = cfg.u == "own" and cfg.settle_steps > 0 and cfg.rec > 0
         parts = (model.encoder, model.prior) if self.on else ()
         self.best = torch.nn.ModuleList(map(deepcopy, parts))
         self.least = math.inf                              # the best codes' contrast, in nats

@@ -271,7 +271,7 @@ def test_the_best_codes_come_back(own, monkeypatch):
     data = idiff.load_data(own)
     cfg = recipe_of(data)
     model, ema, optimizers = train.build(cfg, data.device)
-    watch = train.Watch(ema, learns=True)
+    watch = train.Watch(ema)
     values = iter([-1.0, -0.95, -0.8])
     monkeypatch.setattr(train, "held_out_contrast", lambda *_: next(values))
     x = data.images(torch.arange(9))
@@ -295,8 +295,8 @@ def test_the_best_codes_come_back(own, monkeypatch):
 def test_only_a_contrast_of_own_u_is_watched(tiny_npz, own, u, changes):
     data = idiff.load_data(own if u == "own" else tiny_npz)
     _, ema, _ = train.build(recipe_of(data, u=u, **changes), data.device)
-    assert not train.Watch(ema, learns=True).on
-    assert not train.Watch(ema, learns=True).worse(ema, data, 20)
+    assert not train.Watch(ema).on
+    assert not train.Watch(ema).worse(ema, data, 20)
 
 
 @pytest.mark.parametrize("stop", [20, 30, 40, 50])
