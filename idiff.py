@@ -116,8 +116,8 @@ class Config:
     schedule: str = option("cosine", "how the learning rate goes on after warm-up", SCHEDULES)
     clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
     ema: float = option(0.998, "decay per step of the averaged weights", below=1)
-    precision: str = option("float32", "numbers that the networks compute with; bfloat16 is "
-                            "faster on a GPU, and coarser", ("float32", "bfloat16"))
+    precision: str = option("float32", "arithmetic of the networks; bfloat16 is for GPUs",
+                            ("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, data and noise", below=2**62)
 
     # These are read off the data. Only the size is a flag: stored pictures are resized to it.
@@ -1680,7 +1680,7 @@ def check_arrays(arrays, path, device, image_size):
         raise ValueError(f"'{path}': factor_names are {names}; they must be {len(values)} "
                          "different names.")
 
-    warn_of_factors(names, factors)
+    warn_of_factors(named, factors)
 
     own_u = check_table(arrays, "u", n, path)
     u = own_u.astype(float)                                    # half precision would overflow
@@ -1695,17 +1695,19 @@ def check_arrays(arrays, path, device, image_size):
     return data
 
 
-def warn_of_factors(names, factors):
-    """Warn, by name, about columns of indices (N, K) that look like identifiers, or are copies."""
+def warn_of_factors(named, factors):
+    """Warn about factors {name: values} that look like identifiers, or whose columns of indices
+    (N, K) are copies."""
     n = len(factors)
-    for k, name in enumerate(names):
-        n_values = factors[:, k].max() + 1
-        if n_values > min(0.9 * n, 1000):
-            warnings.warn(f"factor '{name}' has {n_values:,} values in {n:,} rows: leave it out if "
-                          "it is an identifier.")
+    for k, (name, values) in enumerate(named.items()):
+        whole = (values % 1 == 0).all()                        # a measurement has fractions
+        if whole and len(values) > min(0.9 * n, 1000):
+            warnings.warn(f"factor '{name}' has {len(values):,} values in {n:,} rows: leave it out "
+                          "if it is an identifier.")
         first = (factors == factors[:, [k]]).all(axis=0).argmax()              # first equal column
-        if first < k and n_values > 1:
-            warnings.warn(f"factor '{name}' is a copy of factor '{names[first]}': leave one out.")
+        if first < k and len(values) > 1:
+            warnings.warn(f"factor '{name}' is a copy of factor '{list(named)[first]}': leave one "
+                          "out.")
 
 
 def check_table(arrays, name, n, path):
@@ -1714,10 +1716,13 @@ def check_table(arrays, name, n, path):
     if table.ndim == 1:
         table = table[:, None]
     fits = table.ndim == 2 and len(table) == n and table.dtype.kind in "buif"
-    if not fits or not np.isfinite(table).all():
+    if not fits:
         raise ValueError(f"'{path}': {name} are {table.shape} {table.dtype}; wanted is a row of "
-                         f"finite numbers for each of {n} images. For words write "
+                         f"numbers for each of {n} images. For words write "
                          "np.unique(words, return_inverse=True)[1].")
+    for row, column in np.argwhere(~np.isfinite(table))[:1]:   # the first that is not
+        raise ValueError(f"'{path}': {name}[{row}, {column}] is {table[row, column]}; wanted are "
+                         "finite numbers. Leave that row out of all arrays.")
     return table
 
 

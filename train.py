@@ -854,7 +854,7 @@ def loop(model, ema, optimizers, watch, data, out, first_step, save_every, log_e
             # between the stages of the run
             if step in cfg.unmix_steps:
                 told = unmix_model(model, ema, optimizers[0], data, step)
-                kept = "unmixed" if told["accepted"] else "left as they are"
+                kept = "unmixed" if told["accepted"] else "left as they are, not surely likelier unmixed"
                 tell(out, step, "unmixing", told, f"latents {kept}: held-out log-likelihood from "
                      f"{told['from']:.3f} to {told['to']:.3f} nats")
             if step == max(cfg.ivae_steps, first_step):    # the U-Net learns alone
@@ -930,12 +930,14 @@ def describe(data, model):
     prior = "N(0, 1)" if cfg.model == "vae" else cfg.prior
     factors = [f"{name} {len(values)} ({values[0]} to {values[-1]})"
                for name, values in zip(data.factor_names, data.values)]
+    columns = (data.u.abs().amax(dim=0) > 0.5).sum()
+    used = f"{len(data.held_out):,} images held out" if cfg.u == "own" else "not used"
     return (f"{data.device}, {torch.get_num_threads()} threads, ranks {WORLD}, size "
             f"{info.get('size', '-')}, method {info.get('method', '-')}{frozen}: {cfg.model}, "
             f"prior {prior}, u {cfg.u}; {data.name}; {millions:.2f} M parameters; {cfg.steps} "
             f"steps of {cfg.batch_size} images, {cfg.epochs:.2g} epochs\n"
             f"{len(data):,} images {data.image_shape}; own u: "
-            f"{(data.u.abs().amax(dim=0) > 0.5).sum() or 'no'} varying columns; "
+            f"{f'{columns} varying columns, {used}' if columns else 'none'}; "
             f"factors: {', '.join(factors) or 'none'}\n{data.note}")
 
 

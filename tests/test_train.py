@@ -985,7 +985,7 @@ def test_own_u_trains_and_draws_without_factors(tmp_path, capsys):
     out, path = tmp_path / "run", write_own(tmp_path / "a.npz", u=u)
     train.main([*TINY, "--data", path, "--steps", "2", "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
-    assert "40 images (1, 32, 32); own u: 4 varying columns; factors: none" in lines[1]
+    assert "40 images (1, 32, 32); own u: 4 varying columns, 20 images held out; factors: none" in lines[1]
     assert "28, 28" in lines[2] and "32 x 32" in lines[2]
     cfg = config_of(out)
     assert (cfg["u"], cfg["n_u"], cfg["n_factors"], cfg["image_size"]) == ("own", 5, 0, 32)
