@@ -34,7 +34,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import idiff
-from idiff import Config, drawing, in_one_line, progress
+from idiff import drawing, in_one_line, progress
 
 DRAWS_PER_EPOCH = 480_000   # as many as 3D Shapes has images, for any data
 SIZES = {"small": {},
@@ -96,7 +96,7 @@ def build_parser():
         help="what is optimised; contrast, on fresh draws, needs no labels (default: mig)")
 
     add = parser.add_argument_group("what changes the numbers; defaults: the recipe").add_argument
-    for f in fields(Config):
+    for f in fields(idiff.Config):
         if f.metadata["help"]:
             add("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
                 choices=f.metadata["choices"], help=f"{f.metadata['help']} (default: {f.default})")
@@ -151,7 +151,7 @@ def recipe(data, size="small", paper=False, ivae=None, **changes):
         frozen.update(model="idiff", settle=0.0, unet_share=0.0)
 
     try:
-        cfg = Config(**{**values, **frozen, **shape, **changes})
+        cfg = idiff.Config(**{**values, **frozen, **shape, **changes})
     except ValueError as error:
         if "nothing to tell" not in str(error):
             raise
@@ -854,7 +854,7 @@ def loop(model, ema, optimizers, watch, data, out, first_step, save_every, log_e
             # between the stages of the run
             if step in cfg.unmix_steps:
                 told = unmix_model(model, ema, optimizers[0], data, step)
-                kept = "unmixed" if told["accepted"] else "left as they are, not surely likelier unmixed"
+                kept = "unmixed" if told["accepted"] else "kept, not surely likelier if unmixed"
                 tell(out, step, "unmixing", told, f"latents {kept}: held-out log-likelihood from "
                      f"{told['from']:.3f} to {told['to']:.3f} nats")
             if step == max(cfg.ivae_steps, first_step):    # the U-Net learns alone
@@ -895,7 +895,8 @@ def loop(model, ema, optimizers, watch, data, out, first_step, save_every, log_e
                 pace.look(None, done)                      # time spent saving does not count
             if stopping:
                 barrier()                                  # rank 0 has saved, so all end
-                raise KeyboardInterrupt(f"saved. Go on with: {command('train', '--resume', path)}")
+                go_on = command(ema.info, "train", "--resume", path)
+                raise KeyboardInterrupt(f"saved. Go on with: {go_on}")
 
 
 @torch.no_grad()
@@ -941,16 +942,17 @@ def describe(data, model):
             f"factors: {', '.join(factors) or 'none'}\n{data.note}")
 
 
-def command(script, *argv):
+def command(info, script, *argv):
     """The command line of a script, to be run from the current folder.
 
-    If a file of the user's own beside the scripts started this run, the command goes through that
-    file, because only it knows what it changed.
+    If a file of the user's own beside the scripts started this run by main, which info then tells,
+    the command goes through that file, because only it knows what it changed.
     """
     own = Path(sys.argv[0]).resolve()
     here = Path(__file__).resolve().parent
     file = [f"{script}.py"]
-    if own.parent == here and own.stem not in ("train", "evaluate", "interpolate"):
+    by_main = "method" in info and own.parent == here
+    if by_main and own.stem not in ("train", "evaluate", "interpolate"):
         file = [own.name, script]
     file[0] = os.path.relpath(here / file[0])
     return shlex.join(["python", *file, *argv])
@@ -969,7 +971,7 @@ def finish(model, data, out):
 
     print("Next:")
     for script in ("evaluate", "interpolate"):
-        print(" ", command(script, f"{out}/ckpt.pt"))
+        print(" ", command(model.info, script, f"{out}/ckpt.pt"))
     return result
 
 
@@ -1016,7 +1018,7 @@ def search_space(kind, given, over, cfg):
 
     u is not searched if it is the data's own.
     """
-    kinds = {f.name: f.type for f in fields(Config) if f.metadata["help"]}
+    kinds = {f.name: f.type for f in fields(idiff.Config) if f.metadata["help"]}
     usual = GRID if kind == "grid" else SPACE
     space = {name: values for name, values in usual.items() if name not in given}
     if cfg.u == "own":
@@ -1165,7 +1167,7 @@ def prepare(args, given):
                              "flags that change it.")
         content = idiff.read_checkpoint(args.resume, device)
         data = idiff.data_of(content["info"], args.resume, device, args.data)
-        return partial(Config, **content["config"]), data, {**flags, "resume": args.resume}
+        return partial(idiff.Config, **content["config"]), data, {**flags, "resume": args.resume}
 
     # a new run, maybe on an iVAE that stays as it is
     ivae = None
@@ -1192,7 +1194,7 @@ def prepare(args, given):
 def start(args):
     """Do what the flags ask for; returns the search's folder, or the run's and its validation."""
     idiff.use_free_cores()
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    given = {f.name: getattr(args, f.name) for f in fields(idiff.Config) if hasattr(args, f.name)}
     searching = args.search or args.over or args.trials or args.objective != "mig"
     if searching and (not args.search or args.resume or WORLD > 1):
         raise ValueError("--over, --trials and --objective need --search, which takes neither "

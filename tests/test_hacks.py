@@ -3,6 +3,8 @@
 
     python -m pytest tests/test_hacks.py
 """
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -118,14 +120,33 @@ def test_a_schedule_is_chosen_by_name(tiny_npz, monkeypatch):
 
 
 def test_commands_name_the_users_own_file(monkeypatch):
+    """But not one that called train.run, which would only train again."""
     monkeypatch.chdir(ROOT)
-    for started_as, command in (("train.py", "python train.py --resume 'a b'"),
-                                ("mine.py", "python mine.py train --resume 'a b'"),
-                                ("/usr/bin/pytest", "python train.py --resume 'a b'")):
+    by_main = {"method": "recipe"}
+    for started_as, info, command in (
+            ("train.py", by_main, "python train.py --resume 'a b'"),
+            ("mine.py", by_main, "python mine.py train --resume 'a b'"),
+            ("notebook.py", {}, "python train.py --resume 'a b'"),
+            ("/usr/bin/pytest", by_main, "python train.py --resume 'a b'")):
         monkeypatch.setattr("sys.argv", [started_as])
-        assert train.command("train", "--resume", "a b") == command
+        assert train.command(info, "train", "--resume", "a b") == command
     monkeypatch.chdir(ROOT / "tests")
-    assert train.command("evaluate", "x") == "python ../evaluate.py x"
+    assert train.command(by_main, "evaluate", "x") == "python ../evaluate.py x"
+
+
+def test_a_config_may_have_a_flag_of_its_own(tiny_npz, tmp_path, monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class MyConfig(idiff.Config):
+        free_bits: float = idiff.option(0.5, "nats of each latent that cost nothing")
+    monkeypatch.setattr(idiff, "Config", MyConfig)
+    out = tmp_path / "run"
+    train.main(["--data", tiny_npz, "--model", "ivae", "--steps", "1", "--width", "8",
+                "--batch-size", "4", "--unmix", "0", "--free-bits", "2", "--out", str(out)])
+    model, _ = idiff.open_checkpoint(out / "ckpt.pt")
+    assert model.cfg.free_bits == 2
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert "--free-bits" in capsys.readouterr().out
 
 
 def test_a_short_run_is_unmixed_by_no_more_codes_than_it_saw(tiny_npz, monkeypatch):
