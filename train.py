@@ -818,6 +818,8 @@ class Watch:
         for best, part in zip(self.best, (ema.encoder, ema.prior)):
             part.load_state_dict(best.state_dict())
         go_on_from(ema, model, optimizer)
+
+        # from the next step on, unmixing first, the decoder learns, too
         self.settled = step
         told = {"back to": self.step, "held-out contrast": self.least}
         return told, (f"images are learned by heart: back to step {self.step}, where the held-out "
@@ -931,6 +933,7 @@ def describe(data, model):
     prior = "N(0, 1)" if cfg.model == "vae" else cfg.prior
     factors = [f"{name} {len(values)} ({values[0]} to {values[-1]})"
                for name, values in zip(data.factor_names, data.values)]
+    # of a u of one's own, what varies and what training never sees
     columns = (data.u.abs().amax(dim=0) > 0.5).sum()
     used = f"{len(data.held_out):,} images held out" if cfg.u == "own" else "not used"
     return (f"{data.device}, {torch.get_num_threads()} threads, ranks {WORLD}, size "
@@ -951,6 +954,7 @@ def command(info, script, *argv):
     own = Path(sys.argv[0]).resolve()
     here = Path(__file__).resolve().parent
     file = [f"{script}.py"]
+    # from a notebook's file the command would run the notebook again
     by_main = "method" in info and own.parent == here
     if by_main and own.stem not in ("train", "evaluate", "interpolate"):
         file = [own.name, script]
