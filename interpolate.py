@@ -366,14 +366,15 @@ def true_factors(data, row, columns=10):
 
     # an image for each value of each factor; a row with fewer values ends in white
     grid = torch.ones(len(varied), columns, *data.image_shape)                 # white
+    labels = []
     for k, images in zip(varied, grid):
         rows = np.flatnonzero(np.delete(same, k, axis=1).all(axis=1))          # all others equal
         _, first = np.unique(factors[rows, k], return_index=True)
         shown = np.unique(np.linspace(0, len(first) - 1, columns).round().astype(int))
         chosen = torch.tensor(rows[first[shown]], device=data.device)
         images[:len(shown)] = data.images(chosen)
-
-    labels = [f"{data.factor_names[k]}\n{data.factor_sizes[k]} values" for k in varied]
+        part = f"{len(shown)} of " if len(shown) < data.factor_sizes[k] else ""
+        labels.append(f"{data.factor_names[k]}\n{part}{data.factor_sizes[k]} values")
     return grid.flatten(0, 1), labels, [""] * columns
 
 

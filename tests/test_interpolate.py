@@ -170,6 +170,11 @@ def test_factors_that_are_numbers_are_binned_without_a_word(tiny_npz, tmp_path):
         interpolate.main([checkpoint, *FAST])
 
 
+def test_true_factors_say_how_many_values_they_show(tiny_npz):
+    _, labels, _ = interpolate.true_factors(load_data(tiny_npz), row=0, columns=3)
+    assert labels == ["factor 0\n3 of 4 values", "factor 1\n3 values", "factor 2\n2 values"]
+
+
 def test_true_factors_vary_one_at_a_time(tiny_run, tiny_npz, tmp_path, drawn):
     interpolate.main([str(tiny_run / "ckpt.pt"), *FAST, "--columns", "4", "--out", str(tmp_path)])
     images, rows, _ = drawn["true_factors.png"]
