@@ -915,9 +915,10 @@ def format_prior(r):
         columns.append(["std by p(z|u)", *r["fit_std"], None])
         change = "means and scales" if r["wanted"] > n_latents else "scales"
         condition = f", condition {r['condition']:.0f}" if r["condition"] else ""
-        verdict = (f"{r['different_u']:,} different u: enough for {r['enough_for']:,} "
-                   f"latent{'s' * (r['enough_for'] != 1)} whose {change} change, this model has {n_latents}. p(z|u) has rank "
-                   f"{r['rank']} of {r['wanted']}{condition}.\n")
+        enough = "1 latent" if r["enough_for"] == 1 else f"{r['enough_for']:,} latents"
+        verdict = (f"{r['different_u']:,} different u: enough for {enough} whose {change} change, "
+                   f"this model has {n_latents}. p(z|u) has rank {r['rank']} of "
+                   f"{r['wanted']}{condition}.\n")
     return (f"{idiff.table(columns)}\n{r['n']:,} {r['images']}: at most {r['at_most']:.2f} nats of "
             "u can be told; where p(z|u) is right the mean is 0, the std 1. The decoder's mean "
             f"squared error is {r['reconstruction_error']:.4f}.\n{verdict}\n")

@@ -999,7 +999,7 @@ def draw_losses(path, out):
         marker = "." if len(steps) < 10 else None          # a single point has no line
         axis.plot(steps, values, marker=marker)
         axis.set(title=f"{name} by step", xmargin=0, xlim=(0, step),
-                 yscale="log" if min(values) > 0 else "linear")
+                 yscale="log" if 0 < 10 * min(values) < max(values) else "linear")
     figure.savefig(path)
 
 
