@@ -390,7 +390,7 @@ def test_validation_draws_the_same_whatever_the_seed(tiny_run, tiny_npz):
 
 
 def test_muon_moves_the_matrices_of_decoder_and_unet_alone():
-    model, _, (adamw, muon) = train.build(train.Config(), torch.device("cpu"))
+    model, _, (adamw, muon) = train.build(idiff.Config(), torch.device("cpu"))
     moved = {id(p) for group in muon.param_groups for p in group["params"]}
     others = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert not moved & others
