@@ -1039,6 +1039,7 @@ def draw_latents(r):
         bins = np.linspace(z.min(), z.max() + 1e-6, 61)
         ax.hist(by_value, bins, stacked=True, histtype="stepfilled", color=colours)
         ax.set(yticks=[], xlabel=f"z{i}; {name}: MI/H {share[i, j]:.2f}")
+    figure.suptitle("samples of latents, by value of a factor\n(dark or red: lowest)")
     return figure
 
 
@@ -1050,7 +1051,7 @@ def draw_factors(r):
     for j, (name, ax) in enumerate(panels):
         shown = {"rows as they are": arrays["factors"][:, j]}
         if len(arrays["drawn"]):
-            shown["modulated draws"] = arrays["drawn"][:, j]
+            shown["draws as in training"] = arrays["drawn"][:, j]
         last = max(column.max() for column in shown.values())
         edges = np.arange(last + 2) - 0.5
         ax.hist(list(shown.values()), edges, density=True, label=list(shown))
