@@ -98,6 +98,21 @@ def start(function, *args):
     return process
 
 
+@contextmanager
+def cut_off_after(step):
+    """In this context a run is cut off by a full disk once its checkpoint of a step is written."""
+    import idiff
+    save = idiff.save_checkpoint
+
+    def save_then_stop(path, model, ema, **state):
+        save(path, model, ema, **state)
+        if state["step"] == step:
+            raise OSError("full")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(idiff, "save_checkpoint", save_then_stop)
+        yield
+
+
 def same(a, b):
     """Whether two nested dicts and lists of tensors and numbers are equal bit for bit."""
     if isinstance(a, dict):

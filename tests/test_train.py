@@ -26,7 +26,7 @@ import evaluate
 import idiff
 import interpolate
 import train
-from conftest import ROOT, TINY, same
+from conftest import ROOT, TINY, cut_off_after, same
 from idiff import Config, load_checkpoint, load_data, read_checkpoint, save_checkpoint
 
 
@@ -551,20 +551,14 @@ def test_the_unets_steps_come_on_top_of_the_epochs(shapes3d):
     assert train.recipe(shapes3d, steps=80).ivae_steps == 60
 
 
-def test_a_run_resumed_in_the_unets_stage_ends_as_if_undisturbed(tiny_npz, tmp_path, monkeypatch):
+def test_a_run_resumed_in_the_unets_stage_ends_as_if_undisturbed(tiny_npz, tmp_path):
     data = load_data(tiny_npz)
     cfg = train.recipe(data, steps=8, width=8, unet_width=8, batch_size=8, latent_dim=2,
                        ddpm_images=2, unet_share=0.5, unmix=0)
     train.run(cfg, data, str(tmp_path / "whole"))
-    save = idiff.save_checkpoint
     for stop in (4, 6):
-        def save_then_stop(path, model, ema, **state):
-            save(path, model, ema, **state)
-            if state["step"] == stop:
-                raise OSError("full")
         out = str(tmp_path / f"run{stop}")
-        with monkeypatch.context() as patch, pytest.raises(OSError):
-            patch.setattr(idiff, "save_checkpoint", save_then_stop)
+        with cut_off_after(stop):
             train.run(cfg, data, out, save_every=2)
         train.run(cfg, data, resume=f"{out}/ckpt.pt")
         a, b = (read_checkpoint(f"{run}/ckpt.pt") for run in (tmp_path / "whole", out))
@@ -642,18 +636,10 @@ def test_a_resumed_run_stays_frozen_without_the_first_checkpoint(full_ivae, tiny
     assert same(parts_of(resumed["model"]), parts_of(read_checkpoint(full_ivae)["ema"]))
 
 
-def test_an_ivae_given_in_python_stays_frozen_when_its_run_goes_on(full_ivae, tmp_path,
-                                                                   monkeypatch):
+def test_an_ivae_given_in_python_stays_frozen_when_its_run_goes_on(full_ivae, tmp_path):
     ivae, data = idiff.open_checkpoint(full_ivae)
     cfg = train.recipe(data, ivae=ivae, steps=4, unet_width=8, batch_size=4)
-    save = save_checkpoint
-
-    def save_then_stop(path, model, ema, **state):
-        save(path, model, ema, **state)
-        if state["step"] == 2:
-            raise OSError("full")
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(idiff, "save_checkpoint", save_then_stop)
+    with cut_off_after(2):
         train.run(cfg, data, str(tmp_path / "run"), ivae, save_every=2)
     train.run(cfg, data, str(tmp_path / "run"))
     content = read_checkpoint(tmp_path / "run" / "ckpt.pt")

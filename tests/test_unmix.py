@@ -13,7 +13,7 @@ import torch
 
 import idiff
 import train
-from conftest import TINY, same
+from conftest import TINY, cut_off_after, same
 from test_train import log_of
 
 N = 20_000
@@ -173,20 +173,13 @@ def test_both_weights_take_it_and_the_optimiser_forgets(own):
     assert (model.prior.linear.bias == 1).all()
 
 
-def test_a_run_resumed_before_it_ends_as_if_undisturbed(own, tmp_path, monkeypatch):
+def test_a_run_resumed_before_it_ends_as_if_undisturbed(own, tmp_path):
     data = idiff.load_data(own)
     cfg = train.recipe(data, steps=8, width=8, unet_width=8, batch_size=8, latent_dim=2,
                        ddpm_images=2, unet_share=0.25, settle=0.5)
     assert cfg.unmix_steps == [3]
     whole = train.run(cfg, data, str(tmp_path / "whole"))
-    save = idiff.save_checkpoint
-
-    def save_then_stop(path, model, ema, **state):
-        save(path, model, ema, **state)
-        if state["step"] == 3:
-            raise OSError("full")
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(idiff, "save_checkpoint", save_then_stop)
+    with cut_off_after(3):
         train.run(cfg, data, str(tmp_path / "run"), save_every=3)
     train.run(cfg, data, resume=str(tmp_path / "run" / "ckpt.pt"))
     a, b = (idiff.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "run"))
@@ -314,14 +307,7 @@ def test_a_run_that_went_back_ends_as_if_undisturbed(own, tmp_path, monkeypatch,
     told = [record["step"] for record in log_of(tmp_path / "whole") if "learned by heart" in record]
     assert told == [40]
 
-    save = idiff.save_checkpoint
-
-    def save_then_stop(path, model, ema, **state):
-        save(path, model, ema, **state)
-        if state["step"] == stop:
-            raise OSError("full")
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(idiff, "save_checkpoint", save_then_stop)
+    with cut_off_after(stop):
         train.run(cfg, data, str(tmp_path / "run"), save_every=10)
     resumed = train.run(cfg, data, str(tmp_path / "run"), save_every=10)
     assert same(whole.state_dict(), resumed.state_dict())
